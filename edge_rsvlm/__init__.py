@@ -1,0 +1,3 @@
+"""edge-rsvlm: vision-language answers on remote-sensing rasters, inside a memory and a latency budget."""
+
+__version__ = "0.1.0"
