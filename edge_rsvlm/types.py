@@ -6,7 +6,9 @@ Raster pixel coordinates put the *edges* of pixel (0, 0) at 0 and 1, x to the ri
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from affine import Affine
@@ -63,8 +65,16 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Boxes:
-    """Axis-aligned boxes: ``xyxy_N4`` float64, ``scores_N`` float32, ``labels_N`` int64 index into the task's classes."""
+    """Axis-aligned boxes: ``xyxy_N4`` float64, ``scores_N`` float32, ``labels_N`` int64 index into classes."""
 
     xyxy_N4: NDArray[np.float64]
     scores_N: NDArray[np.float32]
     labels_N: NDArray[np.int64]
+
+
+class InferenceSession(Protocol):
+    """The narrow seam to an engine: one loaded graph. Thread-safe, deterministic for a given thread count."""
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """The named outputs, in the order asked."""
+        ...

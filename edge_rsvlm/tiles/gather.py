@@ -54,7 +54,7 @@ def tile_gather(
     """Cut, resample, select, normalise and lay out tiles; see ``tiles/reference.py`` for the exact meaning.
 
     ``source`` is uint8, uint16 or float32 in ``layout``; its pixel (0, 0) is raster pixel ``origin`` = (col, row) of a
-    raster of ``raster_size`` = (width, height). ``boxes_N4`` are (x0, y0, x1, y1) in raster pixels and may hang outside:
+    raster of ``raster_size`` = (width, height). ``boxes_N4`` are (x0, y0, x1, y1) in raster pixels, may hang outside:
     what lies outside is invalid. ``bands[c]`` is the source band of channel c, or ABSENT, or VALIDITY; a tile value is
     source * ``gain[c]`` + ``bias[c]``, and uint8 tiles are rounded half to even and clipped. A pixel is invalid where
     ``valid`` [H, W] is zero, and where every source band that is used equals ``nodata``. The result does not depend on

@@ -1,0 +1,119 @@
+"""The memory plan: computed in bytes from the manifest and the raster's header, before a model is loaded.
+
+Counted is anonymous memory, not the page cache. The plan first shrinks what may shrink (tiles per batch, pixels per
+read) and refuses only when the smallest form does not fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edge_rsvlm.config.manifest import InputSpec, TaskMemory
+from edge_rsvlm.config.units import format_bytes
+from edge_rsvlm.errors import BudgetError
+
+MIB = 1 << 20
+RASTER_CACHE_BYTES = 32 * MIB
+"""What GDAL may keep of decoded blocks."""
+RESULTS_BYTES = 16 * MIB
+"""Unresolved boxes or regions, and buffered output."""
+TILE_BATCHES_IN_FLIGHT = 4
+"""One being filled, two queued, one at the engine."""
+BATCHES = (8, 4, 2, 1)
+READ_PIXELS = (4 * MIB, 2 * MIB, MIB)
+SLACK = 1.10
+"""Allocators keep some freed memory."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one task asks of one input. Sizes in pixels of the raster as read; ``dates`` is 2 for change."""
+
+    task: str
+    input: InputSpec
+    memory: TaskMemory
+    bytes_per_pixel: int
+    scale_xy: tuple[float, float]
+    width: int
+    decoded_bytes: int = 0
+    dates: int = 1
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """An admitted plan. ``items`` are (what, bytes); their sum with slack is ``total_bytes``."""
+
+    items: tuple[tuple[str, int], ...]
+    batch: int
+    read_pixels: int
+
+    @property
+    def total_bytes(self) -> int:
+        return math.ceil(sum(size for _, size in self.items) * SLACK)
+
+    @property
+    def engine_bytes(self) -> int:
+        return dict(self.items)["engine"]
+
+
+def process_bytes() -> int:
+    """Anonymous memory of this process now (RssAnon of the Linux kernel)."""
+    with open("/proc/self/status") as lines:  # noqa: PTH123 - a kernel file
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def plan_memory(demands: Sequence[Demand], *, limit_bytes: int, base_bytes: int | None = None) -> MemoryPlan:
+    """The roomiest plan under ``limit_bytes`` for tasks that run one after another over one input.
+
+    Raises BudgetError with the numbers, and with what would fit, when the smallest plan is too large.
+    """
+    base = process_bytes() if base_bytes is None else base_bytes
+    plan = _plan(demands, base, BATCHES[-1], READ_PIXELS[-1])
+    for batch in BATCHES:
+        for read_pixels in READ_PIXELS:
+            candidate = _plan(demands, base, batch, read_pixels)
+            if candidate.total_bytes <= limit_bytes:
+                return candidate
+    needs = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.items)
+    fit = format_bytes(math.ceil(plan.total_bytes / MIB) * MIB)
+    tasks = ", ".join(dict.fromkeys(d.task for d in demands))
+    raise BudgetError(
+        f"{tasks} needs at least {format_bytes(plan.total_bytes)} ({needs}) and may take {format_bytes(limit_bytes)}",
+        fix=f"give --memory {fit.replace(' ', '')}" + _smaller_input_advice(demands),
+    )
+
+
+def _smaller_input_advice(demands: Sequence[Demand]) -> str:
+    if max(d.decoded_bytes for d in demands) < 16 * MIB:
+        return ""
+    return ", or make the input readable by window: gdal_translate -of COG INPUT OUTPUT.tif"
+
+
+def _plan(demands: Sequence[Demand], base: int, batch: int, read_pixels: int) -> MemoryPlan:
+    def most(of: str) -> int:
+        return max(_sizes(demand, batch, read_pixels)[of] for demand in demands)
+
+    items = [
+        ("process", base),
+        # Sessions stay open from task to task; the arena's peak is that of the largest.
+        ("engine", sum(d.memory.session_bytes for d in demands) + max(d.memory.tile_bytes for d in demands) * batch),
+        ("raster", RASTER_CACHE_BYTES + most("pixels")),
+        ("tiles", most("tiles")),
+        ("results", RESULTS_BYTES + most("canvas")),
+    ]
+    return MemoryPlan(tuple(items), batch, read_pixels)
+
+
+def _sizes(demand: Demand, batch: int, read_pixels: int) -> dict[str, int]:
+    spec = demand.input
+    halo_px = max(demand.scale_xy) * 2 + 2
+    smallest_read = math.prod(spec.tile_px * scale + halo_px for scale in demand.scale_xy)
+    pixels = math.ceil(max(read_pixels, smallest_read))
+    # One copy as decoded, one as handed to the tiles, for each date.
+    read_bytes = 2 * pixels * demand.bytes_per_pixel * demand.dates + demand.decoded_bytes
+    tile_bytes = 4 * len(spec.bands) * spec.tile_px**2 * demand.dates
+    rows = math.ceil(2 * spec.tile_px * demand.scale_xy[1]) + math.ceil(pixels / max(demand.width, 1))
+    canvas = demand.width * rows * 3 if demand.task == "change" else 0
+    return {"pixels": read_bytes, "tiles": tile_bytes * batch * TILE_BATCHES_IN_FLIGHT, "canvas": canvas}

@@ -1,0 +1,158 @@
+"""What verbs share: option groups, limits, progress bars, and the exit code over many inputs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from edge_rsvlm.pipeline.outcome import Progress
+    from edge_rsvlm.pipeline.session import Limits, Session
+
+F = TypeVar("F", bound=Callable[..., Any])
+EXIT_ORDER = (5, 2, 4, 3, 6, 0)
+
+_BUNDLE = [
+    click.option(
+        "--bundle",
+        type=click.Path(path_type=Path),
+        help="Folder of the bundle to use.  [default: the packaged one]",
+    ),
+    click.option("--allow-unsigned", is_flag=True, help="Use a bundle without a trusted signature."),
+]
+_LIMITS = [
+    click.option("--profile", default="host", show_default=True, help="Device whose memory is the limit."),
+    click.option("--memory", metavar="SIZE", help="Memory budget, such as 512MiB; refused with exit 4 if too small."),
+    click.option("--threads", type=click.IntRange(1, 256), help="CPU threads.  [default: all]"),
+    click.option(
+        "--resolution",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="METRES",
+        help="Ground size of a model pixel, instead of the task's own range.",
+    ),
+]
+_RUN = [click.option("--deadline", metavar="TIME", help="Per input, such as 30s; then a partial result and exit 6.")]
+
+
+def _decorate(options: list[Any]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        return functools.reduce(lambda f, option: option(f), reversed(options), function)
+
+    return apply
+
+
+bundle_options = _decorate(_BUNDLE)
+plan_options = _decorate([*_BUNDLE, *_LIMITS])
+run_options = _decorate([*_BUNDLE, *_LIMITS, *_RUN])
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document per input on stdout.")
+
+
+def make_limits(
+    profile: str, memory: str | None, threads: int | None, resolution: float | None, deadline: str | None = None
+) -> Limits:
+    from edge_rsvlm import profiles
+    from edge_rsvlm.config.units import parse_bytes, parse_seconds
+    from edge_rsvlm.pipeline.session import Limits
+
+    facts = profiles.load(profile)
+    return Limits(
+        memory_bytes=parse_bytes(memory) if memory else int(str(facts["memory_bytes"])),
+        threads=threads or profiles.cpu_threads(),
+        deadline_s=parse_seconds(deadline) if deadline else None,
+        resolution_m=resolution,
+    )
+
+
+def open_session(bundle: Path | None, allow_unsigned: bool, limits: Limits, tasks: tuple[str, ...]) -> Session:
+    from edge_rsvlm.bundle import load_bundle
+    from edge_rsvlm.pipeline.session import Session
+
+    loaded = load_bundle(bundle, allow_unsigned=allow_unsigned)
+    return Session(loaded, limits, tasks, started=process_start())
+
+
+def process_start() -> float:
+    """When this process began, on the monotonic clock: the deadline counts the interpreter's start too."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return time.monotonic()
+    return time.monotonic() - (uptime_s - started_s)
+
+
+class ExitCode:
+    """Collects what happened to each input; the first that applies of 5, 2, 4, 3, 6, 0 is the command's exit code."""
+
+    def __init__(self) -> None:
+        self._seen = {0}
+
+    @contextmanager
+    def input(self, name: str) -> Iterator[None]:
+        """Report an unusable or refused input in one line and go on to the next."""
+        from edge_rsvlm.errors import BudgetError, InputError
+
+        try:
+            yield
+        except (InputError, BudgetError) as exc:
+            text = str(exc)
+            click.echo(f"error: {text if name in text else f'{name}: {text}'}", err=True)
+            self._seen.add(exc.exit_code)
+
+    def partial(self, name: str, coverage: float) -> None:
+        click.echo(f"{name}: deadline reached, {coverage:.1%} of the valid area was processed", err=True)
+        self._seen.add(6)
+
+    def leave(self) -> None:
+        sys.exit(next(code for code in EXIT_ORDER if code in self._seen))
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Progress | None]:
+    """A bar on stderr when a person is looking, nothing otherwise."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tiles"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(name, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+class Outputs:
+    """Where each input's file goes: ``--output`` itself for one input, a file in that folder for many."""
+
+    def __init__(self, output: Path | None, count: int, suffix: str) -> None:
+        from edge_rsvlm.errors import UsageError
+
+        self._output, self._suffix, self._used = output, suffix, set[str]()
+        self._folder = output is not None and (count > 1 or output.is_dir() or not output.suffix)
+        if output and count > 1 and output.suffix:
+            raise UsageError(f"--output {output} is one file for {count} inputs", fix="name a folder")
+        if output:
+            folder = output if self._folder else output.parent
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as exc:
+                raise UsageError(f"cannot make {folder}: {exc.strerror}", fix="choose another --output") from exc
+
+    def path(self, name: str) -> Path | None:
+        if self._output is None or not self._folder:
+            return self._output
+        stem, n = Path(name).stem or "result", 1
+        while (candidate := stem if n == 1 else f"{stem}-{n}") in self._used:
+            n += 1
+        self._used.add(candidate)
+        return self._output / f"{candidate}{self._suffix}"

@@ -1,0 +1,125 @@
+"""One task over one input: run it, stream its results out, and report what happened. Shared by every verb that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import click
+
+from edge_rsvlm.cli.common import ExitCode, progress_bar
+from edge_rsvlm.pipeline.detect import DetectQuery
+from edge_rsvlm.pipeline.outcome import Emit, Outcome, Progress
+from edge_rsvlm.pipeline.session import Session, georeference
+from edge_rsvlm.raster.inputs import Source
+from edge_rsvlm.sinks.geojson import GeoJsonWriter
+from edge_rsvlm.sinks.mask import MaskWriter
+from edge_rsvlm.sinks.records import RecordSpool
+
+O = TypeVar("O", bound=Outcome)  # noqa: E741 - an outcome
+
+
+class Results:
+    """Takes results as they become final and counts them by label."""
+
+    def __init__(self, spool: RecordSpool | None, geojson: GeoJsonWriter | None) -> None:
+        self._spool, self._geojson = spool, geojson
+        self.count = 0
+        self.labels: dict[str, int] = {}
+
+    def emit(self, record: dict[str, Any], geometry: dict[str, Any]) -> None:
+        self.count += 1
+        if "label" in record:
+            self.labels[record["label"]] = self.labels.get(record["label"], 0) + 1
+        if self._spool:
+            self._spool.add(record)
+        if self._geojson:
+            self._geojson.write(geometry, {k: v for k, v in record.items() if k != "polygon"})
+
+    def counts(self) -> str:
+        return ", ".join(f"{count} {label}" for label, count in sorted(self.labels.items())) or "nothing found"
+
+
+class Delivery:
+    """Runs tasks of one session. JSON lines go to ``json_stream``; without one, a line for people to stdout."""
+
+    def __init__(self, session: Session, code: ExitCode, json_stream: TextIO | None) -> None:
+        self._session, self._code, self._stream = session, code, json_stream
+
+    def caption(self, source: Source, geojson: Path | None) -> None:
+        self._deliver(
+            source.name,
+            {"image": source.name},
+            "tiles",
+            (source.path, geojson),
+            lambda emit, progress: self._session.caption(source.path, emit, progress),
+            tail=lambda outcome: {"caption": outcome.caption},
+            text=lambda outcome, _: outcome.caption or "no valid pixel",
+        )
+
+    def detect(self, source: Source, query: DetectQuery, geojson: Path | None) -> None:
+        self._deliver(
+            source.name,
+            {"image": source.name},
+            "detections",
+            (source.path, geojson),
+            lambda emit, progress: self._session.detect(source.path, query, emit, progress),
+            tail=lambda _: {},
+            text=lambda _, results: results.counts(),
+        )
+
+    def change(self, before: Source, after: Source, geojson: Path | None, mask: Path | None) -> None:
+        def work(emit: Emit, progress: Progress | None) -> Any:
+            with ExitStack() as stack:
+                rows = None
+                if mask:
+                    rows = stack.enter_context(MaskWriter(mask, georeference(after.path))).write_rows
+                return self._session.change(before.path, after.path, emit, rows, progress)
+
+        self._deliver(
+            f"{before.name} -> {after.name}",
+            {"before": before.name, "after": after.name},
+            "changes",
+            (after.path, geojson),
+            work,
+            tail=lambda outcome: {"changed_fraction": round(outcome.changed_fraction, 6)},
+            text=lambda outcome, results: f"{results.count} changes, {outcome.changed_fraction:.2%} of the valid area",
+        )
+
+    def _deliver(
+        self,
+        name: str,
+        head: dict[str, Any],
+        list_key: str,
+        files: tuple[str, Path | None],
+        work: Callable[[Emit, Progress | None], O],
+        *,
+        tail: Callable[[O], Mapping[str, Any]],
+        text: Callable[[O, Results], str],
+    ) -> None:
+        with self._code.input(name), progress_bar(name) as progress:
+            with self._results(head, list_key, *files) as (results, spool):
+                outcome = work(results.emit, progress)
+                if spool and self._stream:
+                    spool.finish({**tail(outcome), **outcome.record()}, self._stream)
+            if self._stream is None:
+                click.echo(f"{name}: {text(outcome, results)}")
+            for warning in outcome.warnings:
+                click.echo(f"{name}: {warning}", err=True)
+            if not outcome.complete:
+                self._code.partial(name, outcome.coverage)
+
+    @contextmanager
+    def _results(
+        self, head: dict[str, Any], list_key: str, image: str, geojson: Path | None
+    ) -> Iterator[tuple[Results, RecordSpool | None]]:
+        """Files appear whole, or not at all when the block raises."""
+        with ExitStack() as stack:
+            spool = stack.enter_context(RecordSpool(head, list_key)) if self._stream else None
+            writer = None
+            if geojson:
+                on_earth = georeference(image).crs_wkt is not None
+                writer = stack.enter_context(GeoJsonWriter(geojson, properties=head, located=on_earth))
+            yield Results(spool, writer), spool

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edge_rsvlm.cli.common import ExitCode, Outputs, bundle_options, make_limits, open_session
+
+
+@click.command("run")
+@click.argument("job", type=click.Path(path_type=Path))
+@bundle_options
+def command(job: Path, bundle: Path | None, allow_unsigned: bool) -> None:
+    """Run the tasks of a job file over its scenes, with models loaded once.
+
+    Writes results.jsonl and one GeoJSON per task and input to the job's output folder. The format is in docs/cli.md.
+    """
+    from edge_rsvlm.cli.deliver import Delivery
+    from edge_rsvlm.cli.pairs import list_pairs
+    from edge_rsvlm.config.job import load_job
+    from edge_rsvlm.pipeline.detect import DetectQuery, wanted_classes
+    from edge_rsvlm.pipeline.runtime import detect_task
+    from edge_rsvlm.raster.inputs import list_inputs
+
+    wanted = load_job(job)
+    folder = job.parent / wanted.output
+    tasks = (*wanted.tasks, *(["change"] if wanted.change else []))
+    session = open_session(bundle, allow_unsigned, make_limits(**wanted.limits.model_dump()), tasks)
+    query = DetectQuery(wanted.detect.query, wanted.detect.score)
+    if "detect" in wanted.tasks:
+        wanted_classes(query, detect_task(session.bundle.manifest).classes)
+    sources = list_inputs([str(job.parent / item) for item in wanted.inputs]) if wanted.inputs else []
+    pairs = [
+        found for p in wanted.change for found in list_pairs(str(job.parent / p.before), str(job.parent / p.after))
+    ]
+    files = {task: Outputs(folder / task, max(len(sources), 2), ".geojson") for task in tasks}
+    code = ExitCode()
+    partial = folder / "results.jsonl.part"
+    folder.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", encoding="utf-8") as lines:
+        delivery = Delivery(session, code, lines)
+        for source in sources:
+            for task in wanted.tasks:
+                if task == "caption":
+                    delivery.caption(source, files[task].path(source.name))
+                else:
+                    delivery.detect(source, query, files[task].path(source.name))
+        for before, after in pairs:
+            path = files["change"].path(after.name)
+            delivery.change(before, after, path, path and path.with_suffix(".tif"))
+    partial.replace(folder / "results.jsonl")
+    click.echo(str(folder / "results.jsonl"))
+    code.leave()

@@ -1,0 +1,1 @@
+"""Typed, versioned configuration: bundle manifests, jobs and units. Unknown keys are refused."""

@@ -1,0 +1,76 @@
+"""``JOB.toml``: several tasks over many scenes with one set of loaded models.
+
+version = 1
+tasks = ["caption", "detect"]
+inputs = ["scenes/*.tif"]          # relative to the job file
+output = "results"                 # one GeoJSON per input and task, and results.jsonl
+
+[detect]
+query = ["airplane"]
+
+[[change]]
+before = "2018.tif"
+after = "2020.tif"
+
+[limits]
+memory = "512MiB"
+deadline = "30s"
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from edge_rsvlm.config.model import Model, parse
+from edge_rsvlm.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class DetectOptions(Model):
+    query: tuple[str, ...] = ()
+    score: float | None = Field(default=None, ge=0.01, le=0.99)
+
+
+class Pair(Model):
+    before: str
+    after: str
+
+
+class JobLimits(Model):
+    memory: str | None = None
+    deadline: str | None = None
+    threads: int | None = Field(default=None, ge=1)
+    resolution: float | None = Field(default=None, gt=0)
+    profile: str = "host"
+
+
+class Job(Model):
+    version: Literal[1]
+    tasks: tuple[Literal["caption", "detect"], ...] = ()
+    inputs: tuple[str, ...] = ()
+    output: str
+    detect: DetectOptions = DetectOptions()
+    change: tuple[Pair, ...] = ()
+    limits: JobLimits = JobLimits()
+
+
+def load_job(path: Path) -> Job:
+    """Read and check a job; UsageError names the wrong key or line. Paths stay as written."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise UsageError(f"cannot read {path}: {exc.strerror}", fix="name an existing job file") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise UsageError(f"{path} is not TOML: {exc}", fix="correct that line") from exc
+    job = parse(Job, data, f"job {path}", UsageError)
+    if bool(job.tasks) != bool(job.inputs) or not (job.tasks or job.change):
+        raise UsageError(f"job {path} has nothing to do", fix="give tasks with inputs, or [[change]] pairs")
+    return job

@@ -1,0 +1,209 @@
+"""From raster pixels to places on Earth: RFC 7946 geometry, geodesic areas, true ground resolution.
+
+Raster pixel coordinates are edges (pixel (0, 0) spans 0..1), so pixel-is-point files need no special case: GDAL has
+moved their origin already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from geographiclib.geodesic import Geodesic
+from numpy.typing import NDArray
+from rasterio import warp
+from rasterio.control import GroundControlPoint as RasterioPoint
+from rasterio.crs import CRS
+from rasterio.errors import CRSError
+from rasterio.transform import GCPTransformer
+
+from edge_rsvlm.types import Georeference
+
+Ring = NDArray[np.float64]
+WGS84 = Geodesic.WGS84
+EARTH_SEMI_MAJOR_M = 6_378_137.0
+DECIMALS = 7  # of a degree: 1 cm
+PIXEL_DECIMALS = 2
+
+
+class PixelMapper:
+    """Maps raster pixels to WGS 84. ``georeference`` None, no CRS, or a CRS of another body: nothing is ``located``."""
+
+    def __init__(self, georeference: Georeference | None) -> None:
+        self._georeference = georeference
+        self.warning: str | None = None
+        self.located = False
+        if georeference is None or georeference.crs_wkt is None:
+            return
+        if not on_earth(georeference.crs_wkt):
+            self.warning = "its coordinate system is not on Earth: results are in pixel coordinates"
+            return
+        self.located = georeference.transform is not None or len(georeference.gcps) >= 3
+        if not self.located:
+            self.warning = "it has a coordinate system but no transform: results are in pixel coordinates"
+
+    @cached_property
+    def _gcp_transformer(self) -> Any:
+        assert self._georeference is not None
+        points = [RasterioPoint(row=p.row, col=p.col, x=p.x, y=p.y) for p in self._georeference.gcps]
+        return GCPTransformer(points)
+
+    def to_crs(self, xy_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Raster pixels [N, 2] -> coordinates of the raster's CRS [N, 2]."""
+        assert self._georeference is not None
+        transform = self._georeference.transform
+        if transform is not None:
+            x, y = transform @ (xy_N2[:, 0], xy_N2[:, 1])
+        else:
+            x, y = self._gcp_transformer.xy(xy_N2[:, 1], xy_N2[:, 0], offset="ul")
+        return np.stack([np.asarray(x, np.float64), np.asarray(y, np.float64)], axis=1)
+
+    def to_lonlat(self, xy_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Raster pixels [N, 2] -> longitude and latitude in degrees [N, 2]. Only where ``located``."""
+        assert self._georeference is not None and self._georeference.crs_wkt is not None
+        crs_xy = self.to_crs(np.asarray(xy_N2, np.float64).reshape(-1, 2))
+        crs = CRS.from_wkt(self._georeference.crs_wkt)
+        if not len(crs_xy) or crs.to_epsg() == 4326:
+            return crs_xy
+        lon, lat = warp.transform(crs, CRS.from_epsg(4326), crs_xy[:, 0], crs_xy[:, 1])
+        return np.stack([lon, lat], axis=1)
+
+
+def on_earth(crs_wkt: str) -> bool:
+    """Whether a CRS has an ellipsoid of Earth's size; engineering and planetary systems have not."""
+    try:
+        crs = CRS.from_wkt(crs_wkt)
+        lon, lat = warp.transform(crs, CRS.from_epsg(4326), [0.0], [0.0])
+    except (CRSError, RuntimeError, ValueError):
+        return False
+    except Exception as exc:
+        if "CPLE" not in type(exc).__name__:
+            raise
+        return False
+    del lon, lat
+    semi_major = _semi_major_m(crs_wkt)
+    return semi_major is None or abs(semi_major / EARTH_SEMI_MAJOR_M - 1) < 0.01
+
+
+def _semi_major_m(crs_wkt: str) -> float | None:
+    """Semi-major axis of the first ellipsoid that a WKT names."""
+    for keyword in ("SPHEROID[", "ELLIPSOID["):
+        _, found, rest = crs_wkt.partition(keyword)
+        if found:
+            after_name = rest.split('"', 2)[2]
+            return float(after_name.lstrip(",").split(",")[0])
+    return None
+
+
+def metres_per_pixel(georeference: Georeference) -> tuple[float, float] | None:
+    """True ground metres per pixel along the columns and rows at the raster's centre, or None where not located.
+
+    Geodesic, since degrees and Web Mercator metres are not ground metres (Karney 2013, "Algorithms for geodesics").
+    """
+    mapper = PixelMapper(georeference)
+    if not mapper.located:
+        return None
+    x, y = georeference.width / 2, georeference.height / 2
+    lonlat = mapper.to_lonlat(np.array([[x - 0.5, y], [x + 0.5, y], [x, y - 0.5], [x, y + 0.5]]))
+    if not np.isfinite(lonlat).all():
+        return None
+    left, right, top, bottom = lonlat[:, ::-1]
+    across = WGS84.Inverse(*left, *right)["s12"]
+    down = WGS84.Inverse(*top, *bottom)["s12"]
+    return (float(across), float(down)) if across > 0 and down > 0 else None
+
+
+def box_ring(xyxy: NDArray[np.float64]) -> Ring:
+    """The closed ring of a box."""
+    x0, y0, x1, y1 = xyxy
+    return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]], np.float64)
+
+
+def area_m2(rings_px: Sequence[Ring], mapper: PixelMapper) -> float | None:
+    """Geodesic area of a polygon (exterior, then holes) in raster pixels, or None where not located."""
+    if not mapper.located:
+        return None
+    exterior, *holes = (_geodesic_area(mapper.to_lonlat(ring)) for ring in rings_px)
+    return exterior - sum(holes)
+
+
+def _geodesic_area(lonlat_M2: NDArray[np.float64]) -> float:
+    polygon = WGS84.Polygon()
+    for lon, lat in lonlat_M2[:-1]:
+        polygon.AddPoint(lat, lon)
+    return abs(float(polygon.Compute()[2]))
+
+
+def feature_geometry(rings_px: Sequence[Ring], mapper: PixelMapper) -> dict[str, Any]:
+    """RFC 7946 geometry of a polygon (exterior, then holes; closed) in raster pixels.
+
+    Exteriors wind counter-clockwise, holes clockwise; seven decimals; cut where it crosses the antimeridian. Where not
+    located, coordinates are raster pixels.
+    """
+    if not mapper.located:
+        rings = [[[round(float(x), PIXEL_DECIMALS), round(float(y), PIXEL_DECIMALS)] for x, y in r] for r in rings_px]
+        return {"type": "Polygon", "coordinates": rings}
+    lonlat = [mapper.to_lonlat(ring) for ring in rings_px]
+    first = _unwrapped(lonlat[0], lonlat[0][0, 0])
+    unwrapped = [first, *(_unwrapped(ring, first[0, 0]) for ring in lonlat[1:])]
+    parts = [_written(piece) for piece in _cut_at_antimeridian(unwrapped)]
+    if len(parts) == 1:
+        return {"type": "Polygon", "coordinates": parts[0]}
+    return {"type": "MultiPolygon", "coordinates": parts}
+
+
+def _unwrapped(ring: Ring, near_lon: float) -> Ring:
+    """Longitudes made continuous along the ring, which may leave [-180, 180]."""
+    steps = np.diff(ring[:, 0], prepend=near_lon)
+    turns = -360.0 * np.cumsum(np.rint(steps / 360.0))
+    return np.stack([ring[:, 0] + turns, ring[:, 1]], axis=1)
+
+
+def _cut_at_antimeridian(rings: list[Ring]) -> list[list[Ring]]:
+    """The polygon's parts in each 360-degree strip, moved into [-180, 180]."""
+    low, high = rings[0][:, 0].min(), rings[0][:, 0].max()
+    first, last = int(np.floor((low + 180) / 360)), int(np.ceil((high + 180) / 360))
+    parts = []
+    for strip in range(first, max(last, first + 1)):
+        west = -180.0 + 360.0 * strip
+        inside = [_clip(_clip(ring, west, 1), west + 360.0, -1) for ring in rings]
+        kept = [np.stack([r[:, 0] - 360.0 * strip, r[:, 1]], axis=1) for r in inside if len(r) >= 4]
+        if len(inside[0]) >= 4:
+            parts.append(kept)
+    return parts
+
+
+def _clip(ring: Ring, lon: float, side: int) -> Ring:
+    """The part of a closed ring east (side 1) or west (-1) of a meridian (Sutherland & Hodgman 1974)."""
+    if len(ring) == 0 or (side * (ring[:, 0] - lon) >= 0).all():
+        return ring
+    out: list[NDArray[np.float64]] = []
+    for a, b in zip(ring[:-1], ring[1:], strict=True):
+        a_in, b_in = side * (a[0] - lon) >= 0, side * (b[0] - lon) >= 0
+        if a_in:
+            out.append(a)
+        if a_in != b_in:
+            t = (lon - a[0]) / (b[0] - a[0])
+            out.append(np.array([lon, a[1] + t * (b[1] - a[1])]))
+    if len(out) < 3:
+        return np.zeros((0, 2))
+    return np.array([*out, out[0]])
+
+
+def _written(rings: list[Ring]) -> list[list[list[float]]]:
+    """Rings wound as RFC 7946 asks and rounded; a ring that collapses in rounding is dropped, the exterior never."""
+    written = []
+    for i, ring in enumerate(rings):
+        counter_clockwise = _signed_area(ring) > 0
+        wound = ring if counter_clockwise == (i == 0) else ring[::-1]
+        points = [[round(float(lon), DECIMALS), round(float(lat), DECIMALS)] for lon, lat in wound]
+        if i == 0 or len({tuple(p) for p in points}) >= 3:
+            written.append(points)
+    return written
+
+
+def _signed_area(ring: Ring) -> float:
+    x, y = ring[:, 0] - ring[0, 0], ring[:, 1] - ring[0, 1]
+    return float((x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2)

@@ -1,0 +1,202 @@
+"""From rasters to batches of model tiles: plan, read each block once, and gather, ahead of the engine.
+
+Coordinates: *raster* pixels are those of the file; *read* pixels are those of the overview that is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_rsvlm.config.manifest import InputSpec
+from edge_rsvlm.errors import InputError
+from edge_rsvlm.pipeline.outcome import Deadline, Outcome, Progress
+from edge_rsvlm.pipeline.prefetch import prefetch
+from edge_rsvlm.raster.plan import TileGrid, super_tiles
+from edge_rsvlm.raster.reader import Raster
+from edge_rsvlm.tiles import ABSENT, VALIDITY, GatherResult, tile_gather
+from edge_rsvlm.types import Pixels, Window
+
+BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class TileBatch:
+    """Tiles of one or two dates, and where they lie.
+
+    ``tiles_NCHW`` has one array per date. ``boxes_N4`` and ``cores_N4`` are raster pixels: what a tile sees and what it
+    owns; cores partition the raster. No later batch has a tile that begins above ``frontier_row``.
+    ``valid_HW`` marks the read pixels of ``window`` that are valid in every date.
+    """
+
+    tiles_NCHW: tuple[NDArray[np.float32], ...]
+    boxes_N4: NDArray[np.float64]
+    cores_N4: NDArray[np.float64]
+    valid_fraction_N: NDArray[np.float32]
+    frontier_row: float
+    valid_HW: NDArray[np.uint8]
+    window: Window
+
+    def __len__(self) -> int:
+        return len(self.boxes_N4)
+
+    @property
+    def valid_core_px(self) -> float:
+        """Valid area owned by these tiles, from each tile's valid fraction."""
+        size = self.cores_N4[:, 2:] - self.cores_N4[:, :2]
+        return float((size[:, 0] * size[:, 1] * self.valid_fraction_N).sum())
+
+
+@dataclass(frozen=True)
+class View:
+    """One input spec over rasters of one size: ``scale_xy`` raster pixels per tile pixel, read at ``decimation``."""
+
+    rasters: tuple[Raster, ...]
+    spec: InputSpec
+    scale_xy: tuple[float, float]
+    decimation: int = 1
+    max_extent: bool = False
+    """Stretch the whole raster into a single tile."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        georeference = self.rasters[0].georeference
+        return georeference.width, georeference.height
+
+    @property
+    def read_size(self) -> tuple[int, int]:
+        width, height = self.size
+        return -(-width // self.decimation), -(-height // self.decimation)
+
+    @property
+    def to_raster_xy(self) -> NDArray[np.float64]:
+        """Raster pixels per read pixel."""
+        return np.array(self.size, np.float64) / self.read_size
+
+    def grid(self) -> TileGrid:
+        width, height = self.read_size
+        if self.max_extent:
+            scale = (width / self.spec.tile_px, height / self.spec.tile_px)
+            return TileGrid(width, height, scale, self.spec.tile_px, 0)
+        scale_x, scale_y = np.array(self.scale_xy) / self.to_raster_xy
+        return TileGrid(width, height, (float(scale_x), float(scale_y)), self.spec.tile_px, self.spec.overlap_px)
+
+
+def tile_batches(view: View, *, batch: int, read_pixels: int, threads: int, outcome: Outcome) -> Iterator[TileBatch]:
+    """All tiles of ``view`` in raster order of super-tiles, ``batch`` at most at a time."""
+    grid, to_raster = view.grid(), np.tile(view.to_raster_xy, 2)
+    plan = list(super_tiles(grid, view.rasters[0].block_hw, read_pixels))
+    order = np.array([i for part in plan for i in part.tiles])
+    tops = np.array([grid.box(int(i))[1] for i in order])
+    # frontier[k]: the top of the highest tile at position k or later.
+    frontier = np.append(np.minimum.accumulate(tops[::-1])[::-1], np.inf) * view.to_raster_xy[1]
+    done = 0
+    for part in plan:
+        with outcome.clock("read"):
+            dates = [raster.read(part.window, view.decimation) for raster in view.rasters]
+        valid_HW = np.minimum.reduce([pixels.valid_HW for pixels in dates])
+        for chosen in _chunks(part.tiles, batch):
+            boxes = np.array([grid.box(i) for i in chosen], np.float64)
+            cores = np.array([grid.core(i) for i in chosen], np.float64)
+            with outcome.clock("tiles"):
+                gathered = [
+                    gather(pixels, raster, view, boxes, threads)
+                    for pixels, raster in zip(dates, view.rasters, strict=True)
+                ]
+            done += len(chosen)
+            yield TileBatch(
+                tuple(g.tiles_NCHW for g in gathered),
+                boxes * to_raster,
+                cores * to_raster,
+                np.minimum.reduce([g.valid_fraction_N for g in gathered]),
+                float(frontier[done]),
+                valid_HW,
+                part.window,
+            )
+
+
+def gather(pixels: Pixels, raster: Raster, view: View, boxes_N4: NDArray[np.float64], threads: int) -> GatherResult:
+    """Model tiles of ``boxes_N4`` (read pixels) as the input spec defines them."""
+    spec = view.spec
+    gain, bias = normalisation(spec, pixels.data_CHW.dtype)
+    bands = source_bands(spec, raster)
+    return tile_gather(
+        pixels.data_CHW,
+        boxes_N4,
+        out_hw=(spec.tile_px, spec.tile_px),
+        bands=bands,
+        gain=[gain] * len(bands),
+        bias=[bias] * len(bands),
+        layout="CHW",
+        origin=(pixels.window.col, pixels.window.row),
+        raster_size=view.read_size,
+        valid=pixels.valid_HW,
+        threads=threads,
+    )
+
+
+def normalisation(spec: InputSpec, dtype: np.dtype[np.generic]) -> tuple[float, float]:
+    """(gain, bias) from source values to model values; InputError for a dtype the model has no range for."""
+    for name, (low, high) in spec.ranges.items():
+        if dtype == name:
+            return 1 / ((high - low) * spec.std), (-low / (high - low) - spec.mean) / spec.std
+    known = ", ".join(spec.ranges)
+    raise InputError(
+        f"pixels are {dtype} and the model takes {known}", fix="convert with gdal_translate -ot Byte -scale"
+    )
+
+
+def source_bands(spec: InputSpec, raster: Raster) -> list[int]:
+    """The source band of each model channel; a single gray band stands for red, green and blue."""
+    roles = list(raster.band_roles)
+    if "red" not in roles and "gray" in roles:
+        roles = ["gray" if role == "gray" else role for role in roles]
+        position = roles.index("gray")
+        lookup = dict.fromkeys(("red", "green", "blue"), position)
+    else:
+        lookup = {role: i for i, role in enumerate(roles)}
+    if not {"red", "green", "blue"} & lookup.keys():
+        raise InputError(
+            f"{raster.name}: none of its {len(roles)} bands is red, green, blue or gray",
+            fix="name them: gdal_edit.py -colorinterp_1 red -colorinterp_2 green -colorinterp_3 blue FILE",
+        )
+    return [VALIDITY if role == "validity" else lookup.get(role, ABSENT) for role in spec.bands]
+
+
+def paced(
+    batches: Iterator[TileBatch], view: View, outcome: Outcome, deadline: Deadline, progress: Progress | None
+) -> Iterator[TileBatch]:
+    """Batches made ahead of the consumer until the deadline, with the accounts of what was and was not processed."""
+    total, done = len(view.grid()), 0
+    remaining_px = float(view.size[0]) * view.size[1]
+    source = prefetch(batches, BATCHES_AHEAD)
+    slowest = 0.0
+    try:
+        for tiles in source:
+            if not deadline.allows(slowest):
+                outcome.unread_px += remaining_px
+                outcome.skipped_tiles["deadline"] += total - done
+                return
+            begun = time.monotonic()
+            yield tiles
+            slowest = max(slowest, time.monotonic() - begun)
+            size = tiles.cores_N4[:, 2:] - tiles.cores_N4[:, :2]
+            remaining_px -= float((size[:, 0] * size[:, 1]).sum())
+            outcome.processed_px += tiles.valid_core_px
+            empty = int((tiles.valid_fraction_N == 0).sum())
+            if empty:
+                outcome.skipped_tiles["nodata"] += empty
+            done += len(tiles)
+            if progress:
+                progress(done, total)
+    finally:
+        source.close()  # type: ignore[attr-defined]
+
+
+def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,1 @@
+"""Ground side: training stages, ONNX compilation and bundle assembly. Needs the `export` extra (torch)."""

@@ -1,0 +1,1 @@
+"""The default model: one encoder and its heads, as torch modules."""

@@ -1,0 +1,38 @@
+"""Small building blocks shared by the heads. Shapes: N batch, C channels, h, w map cells."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution, batch norm (folded at compile time), ReLU. [N,C_in,h,w] -> [N,C_out,h,w]."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int = 1, groups: int = 1):
+        super().__init__(
+            nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False),
+            nn.BatchNorm2d(c_out, momentum=0.03),
+            nn.ReLU(inplace=True),
+        )
+
+
+class Separable(nn.Sequential):
+    """Depthwise k x k then pointwise, each with norm and ReLU."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int = 3):
+        super().__init__(ConvNormAct(c_in, c_in, kernel, groups=c_in), ConvNormAct(c_in, c_out, 1))
+
+
+def upsample2(x: Tensor) -> Tensor:
+    """Nearest-neighbour doubling, [N,C,h,w] -> [N,C,2h,2w]."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def fold_batch_norms(module: nn.Module) -> None:
+    """Fold every (Conv2d, BatchNorm2d) pair of the Sequentials below `module`, in place; eval mode only."""
+    for child in module.modules():
+        if isinstance(child, ConvNormAct) and isinstance(child[1], nn.BatchNorm2d):
+            child[0] = torch.nn.utils.fuse_conv_bn_eval(child[0], child[1])  # type: ignore[arg-type, type-var]
+            child[1] = nn.Identity()

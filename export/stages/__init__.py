@@ -1,0 +1,1 @@
+"""Training stages. Each one reads artifacts and writes one artifact."""

@@ -1,0 +1,44 @@
+import pytest
+
+from edge_rsvlm.budget import BATCHES, MIB, Demand, plan_memory
+from edge_rsvlm.errors import BudgetError
+from tests.fakes import parsed
+
+TASKS = parsed().tasks
+
+
+def demand(task="detect", **options):
+    spec = getattr(TASKS, task)
+    defaults = {"bytes_per_pixel": 4, "scale_xy": (1.0, 1.0), "width": 3000, "dates": 2 if task == "change" else 1}
+    return Demand(task, spec.input, spec.memory, **(defaults | options))
+
+
+def test_room_is_used_and_taken_away_in_steps():
+    roomy = plan_memory([demand()], limit_bytes=1 << 30, base_bytes=50 * MIB)
+    assert roomy.batch == BATCHES[0]
+    smaller = plan_memory([demand()], limit_bytes=roomy.total_bytes - 1, base_bytes=50 * MIB)
+    assert smaller.total_bytes < roomy.total_bytes
+    assert (smaller.batch, smaller.read_pixels) != (roomy.batch, roomy.read_pixels)
+
+
+def test_refusal_names_the_numbers_and_what_would_fit():
+    with pytest.raises(BudgetError, match=r"--memory \d+MiB") as refused:
+        plan_memory([demand()], limit_bytes=60 * MIB, base_bytes=50 * MIB)
+    offered = int(str(refused.value).split("--memory ")[1].split("MiB")[0])
+    assert plan_memory([demand()], limit_bytes=offered * MIB, base_bytes=50 * MIB).batch == BATCHES[-1]
+    with pytest.raises(BudgetError):
+        plan_memory([demand()], limit_bytes=(offered - 1) * MIB, base_bytes=50 * MIB)
+
+
+def test_whole_images_count_what_they_decode_to():
+    windowed = plan_memory([demand()], limit_bytes=1 << 31, base_bytes=0)
+    decoded = plan_memory([demand(decoded_bytes=300 * MIB)], limit_bytes=1 << 31, base_bytes=0)
+    assert decoded.total_bytes - windowed.total_bytes >= 300 * MIB
+    with pytest.raises(BudgetError, match="gdal_translate -of COG"):
+        plan_memory([demand(decoded_bytes=300 * MIB)], limit_bytes=256 * MIB, base_bytes=0)
+
+
+def test_change_counts_two_dates_and_its_rows():
+    detect = plan_memory([demand()], limit_bytes=1 << 31, base_bytes=0)
+    change = plan_memory([demand("change")], limit_bytes=1 << 31, base_bytes=0)
+    assert change.total_bytes > detect.total_bytes
