@@ -1,21 +1,32 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+SOURCES := pyproject.toml $(wildcard kernels/*)
 
-.PHONY: install test lint clean
+.PHONY: install demo test lint bench clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml $(wildcard kernels/*)
+$(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --editable .
+	touch $@
+
+$(VENV)/.developer: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --editable ".[test,lint]"
 	touch $@
 
-test: install
-	$(BIN)/python -m pytest
+demo: $(VENV)/.installed
+	$(BIN)/edge-rsvlm demo
+
+test: $(VENV)/.developer
+	$(BIN)/python -m pytest tests $(PYTEST_FLAGS)
+
+bench: $(VENV)/.developer
+	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 # mypy reads the package as it is installed: export/ and device_profiles/ sit under edge_rsvlm.
-lint: install
+lint: $(VENV)/.developer
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typecheck && mkdir -p build/typecheck/edge_rsvlm

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,27 @@ def half(tensors: Tensors) -> Tensors:
     }
 
 
+def part(tensors: Tensors, name: str) -> Tensors:
+    """The tensors of the submodule `name`, without its prefix."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
 def write(
-    folder: Path, stage: str, digest: str, config: dict[str, Any], metrics: dict[str, Any], tensors: Tensors
+    folder: Path,
+    stage: str,
+    digest: str,
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+    tensors: Tensors,
+    texts: Mapping[str, str] | None = None,
 ) -> Artifact:
-    """Write an artifact to a temporary folder beside `folder`, then rename it into place."""
+    """Write an artifact to a temporary folder beside `folder`, then rename it into place; `texts` are more files."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     save_file(half(tensors), str(temporary / WEIGHTS_NAME))
+    for name, text in (texts or {}).items():
+        (temporary / name).write_text(text, encoding="utf-8")
     weights_bytes = (temporary / WEIGHTS_NAME).stat().st_size
     if weights_bytes > MAX_ARTIFACT_BYTES:
         raise ValueError(f"stage '{stage}' wrote {weights_bytes} bytes; an artifact may hold {MAX_ARTIFACT_BYTES}")
@@ -100,5 +114,5 @@ def write(
     temporary.chmod(0o755)
     if folder.exists():
         shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    temporary.replace(folder)
     return Artifact(folder, manifest)

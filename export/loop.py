@@ -83,7 +83,7 @@ def train(
         losses = step_loss(step)
         total = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         nn.utils.clip_grad_norm_(module.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         average.update()

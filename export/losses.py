@@ -18,7 +18,7 @@ def heat_loss(logits: Tensor, heat: Tensor, weight: Tensor) -> Tensor:
 
 
 def sides_loss(log_sides: Tensor, sides: Tensor, weight: Tensor) -> Tensor:
-    """1 - IoU of the boxes that both side sets span from the same point (Yu et al. 2016, "UnitBox"), plus a log term."""
+    """1 - IoU of the boxes that both side sets span from one point (Yu et al. 2016, "UnitBox"), plus a log term."""
     predicted = log_sides.exp()
     common = torch.minimum(predicted, sides)
     inter = (common[:, 0] + common[:, 2]) * (common[:, 1] + common[:, 3])

@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 
 from edge_rsvlm.export import artifact
-from edge_rsvlm.export.stages import backbone, joint
+from edge_rsvlm.export.stages import backbone, caption, joint
 
-STAGES = (backbone.NAME, joint.NAME)
+STAGES = (backbone.NAME, joint.NAME, caption.NAME)
 
 
 def main() -> None:
@@ -31,11 +31,15 @@ def main() -> None:
     imported = report(backbone.run(options.data, options.work, {}))
     if options.until == backbone.NAME:
         return
-    report(joint.run(options.data, options.work, scaled(joint.DEFAULTS), imported))
+    trained = report(joint.run(options.data, options.work, scaled(joint.DEFAULTS), imported))
+    if options.until == joint.NAME:
+        return
+    report(caption.run(options.data, options.work, scaled(caption.DEFAULTS), trained))
 
 
 def report(done: artifact.Artifact) -> artifact.Artifact:
-    print(f"{done.folder.name}: {json.dumps(done.metrics)}", flush=True)
+    figures = {name: value for name, value in done.metrics.items() if not isinstance(value, list)}
+    print(f"{done.folder.name}: {json.dumps(figures)}", flush=True)
     return done
 
 

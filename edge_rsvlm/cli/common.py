@@ -117,7 +117,7 @@ class ExitCode:
 
 
 @contextmanager
-def progress_bar(name: str) -> Iterator[Progress | None]:
+def progress_bar(name: str, unit: str = "tiles") -> Iterator[Progress | None]:
     """A bar on stderr when a person is looking, nothing otherwise."""
     if not sys.stderr.isatty():
         yield None
@@ -125,7 +125,7 @@ def progress_bar(name: str) -> Iterator[Progress | None]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tiles"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn(f"{{task.completed}}/{{task.total}} {unit}"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(name, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)

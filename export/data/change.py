@@ -20,28 +20,25 @@ from edge_rsvlm.export.data.views import (
     RGB_BANDS,
     S2_RANGE,
     U8_RANGE,
-    VALIDITY,
-    Radiometry,
     cut,
     dihedral,
     jitter,
-    tile_gather,
 )
 from edge_rsvlm.export.model.change import STRIDE
+from edge_rsvlm.export.splits import held_out
+from edge_rsvlm.tiles import VALIDITY, tile_gather
 
 F32 = npt.NDArray[np.float32]
 RESOLUTION_M = 5.0
 TILE_PX = 256
 OVERLAP_PX = 64
-VALIDATION_CITIES = ("pisa", "hongkong")
-SZTAKI_VALIDATION = ("szada_2", "tiszadob_1")
 SZTAKI_WEIGHT = 0.25  # its labels mean other changes (land cover from old aerial images): present, never dominant
 EARTH_RADIUS_M = 6_371_008.8
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two dates on one grid: pixels [H,W,C], mask [H,W] u8, and the tile's resolution in raster px per tile px (x, y)."""
+    """Two dates on one grid: pixels [H,W,C], mask [H,W] u8; ``step_xy`` raster px make one tile px."""
 
     name: str
     before: npt.NDArray[Any]
@@ -85,8 +82,8 @@ def sztaki_pair(folder: Path, step: float = 1.0) -> Pair:
 
 def training_pairs(data: Path) -> list[Pair]:
     """Every labelled pair but those kept for validation."""
-    cities = sorted(p for p in (data / "oscd" / "train").iterdir() if p.name not in VALIDATION_CITIES)
-    aerial = sorted(p for p in (data / "sztaki" / "train").iterdir() if p.name not in SZTAKI_VALIDATION)
+    cities = sorted(p for p in (data / "oscd" / "train").iterdir() if p.name not in held_out("oscd"))
+    aerial = sorted(p for p in (data / "sztaki" / "train").iterdir() if p.name not in held_out("sztaki"))
     return [*map(oscd_pair, cities), *map(sztaki_pair, aerial)]
 
 
@@ -145,8 +142,7 @@ class ChangeData:
             cx, cy = x + rng.uniform(-0.4, 0.4) * side_x, y + rng.uniform(-0.4, 0.4) * side_y
         else:
             cx, cy = rng.uniform(0, width), rng.uniform(0, height)
-        inside = lambda c, side, n: float(np.clip(c, min(side * 0.4, n / 2), max(n - side * 0.4, n / 2)))  # noqa: E731
-        return inside(cx, side_x, width), inside(cy, side_y, height)
+        return _inside(cx, side_x, width), _inside(cy, side_y, height)
 
     def _tile(
         self, rng: np.random.Generator, pair: Pair, date: npt.NDArray[Any], box: tuple[float, float, float, float],
@@ -159,29 +155,6 @@ class ChangeData:
         return np.ascontiguousarray(dihedral(tile, view))
 
 
-def grid_boxes(pair: Pair) -> list[tuple[float, float, float, float]]:
-    """Overlapping tiles over a whole pair, at its step."""
-    height, width = pair.mask.shape
-    side_x, side_y = (TILE_PX * s for s in pair.step_xy)
-    keep = (TILE_PX - OVERLAP_PX) / TILE_PX
-    xs = _starts(width, side_x, side_x * keep)
-    ys = _starts(height, side_y, side_y * keep)
-    return [(x, y, x + side_x, y + side_y) for y in ys for x in xs]
-
-
-def _starts(length: float, side: float, stride: float) -> list[float]:
-    """Starts of tiles covering 0..length, evenly spread with at least the wanted overlap."""
-    if length <= side:
-        return [(length - side) / 2]
-    count = int(np.ceil((length - side) / stride)) + 1
-    return [float(v) for v in np.linspace(0, length - side, count)]
-
-
-def pair_tiles(
-    pair: Pair, box: tuple[float, float, float, float], radiometry: Radiometry = NO_JITTER
-) -> tuple[F32, F32]:
-    """The two tiles of `box` without augmentation."""
-    hw = (TILE_PX, TILE_PX)
-    before = cut(pair.before, box, hw, pair.bands, pair.value_range, radiometry)
-    after = cut(pair.after, box, hw, pair.bands, pair.value_range, radiometry)
-    return before, after
+def _inside(centre: float, side: float, size: int) -> float:
+    """A centre moved so that little of a crop of this side hangs outside 0 .. size."""
+    return float(np.clip(centre, min(side * 0.4, size / 2), max(size - side * 0.4, size / 2)))

@@ -26,7 +26,7 @@ SIMD_NEAR = 0.75  # background is trusted within this many box sizes of a labell
 
 @dataclass(frozen=True)
 class DetectSet:
-    """What a set's labels mean: source category -> our class (None = ignore region), and what absence of a label says."""
+    """What a set's labels mean: source category -> our class (None: ignore region), and what a missing label says."""
 
     name: str
     images: str
@@ -38,8 +38,8 @@ class DetectSet:
 
 PLANES = ("airliner", "propeller", "trainer", "chartered", "fighter")
 SIMD_MAP: dict[str, str | None] = {
-    **{name: "airplane" for name in PLANES},
-    **{name: "truck" for name in ("truck", "longvehicle", "stairtruck", "pushbacktruck")},
+    **dict.fromkeys(PLANES, "airplane"),
+    **dict.fromkeys(("truck", "longvehicle", "stairtruck", "pushbacktruck"), "truck"),
     **{name: name for name in ("car", "van", "bus", "helicopter", "boat")},
     "other": None,
 }
@@ -141,16 +141,18 @@ def targets(
     if not spec.sparse:
         weight[[CLASSES.index(c) for c in spec.complete]] = 1.0
     sides, sides_weight = np.ones((4, n, n), np.float32), np.zeros((n, n), np.float32)
-    centre = (np.arange(n) + 0.5) * STRIDE
+    centre: npt.NDArray[np.float64] = (np.arange(n, dtype=np.float64) + 0.5) * STRIDE
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     visible = [k for k in np.argsort(-areas) if _visible_share(boxes[k], size_px) > 0]
     for k in visible:
-        weight[(slice(None), *_cells(boxes[k], n, SIMD_NEAR if spec.sparse else 0.0))] = 1.0
+        rows, columns = _cells(boxes[k], n, SIMD_NEAR if spec.sparse else 0.0)
+        weight[:, rows, columns] = 1.0
     for k in visible:  # large boxes first, so that small ones on top of them win
         box = boxes[k]
         small = min(box[2] - box[0], box[3] - box[1]) < MIN_BOX_PX
         if classes[k] == IGNORE or small or _visible_share(box, size_px) < 0.35:
-            weight[(slice(None), *_cells(box, n, 0.0))] = 0.0
+            rows, columns = _cells(box, n, 0.0)
+            weight[:, rows, columns] = 0.0
             continue
         _draw(heat[classes[k]], sides, sides_weight, box, centre)
         # An object's own peak always counts, whatever ignore region overlaps it.
@@ -169,8 +171,8 @@ def _cells(box: npt.NDArray[np.float64], n: int, grow: float) -> tuple[slice, sl
     dx, dy = (box[2] - box[0]) * grow, (box[3] - box[1]) * grow
     x0, x1 = np.floor((box[0] - dx) / STRIDE), np.ceil((box[2] + dx) / STRIDE)
     y0, y1 = np.floor((box[1] - dy) / STRIDE), np.ceil((box[3] + dy) / STRIDE)
-    clip = lambda v: int(min(max(v, 0), n))  # noqa: E731
-    return slice(clip(y0), clip(y1)), slice(clip(x0), clip(x1))
+    x0, x1, y0, y1 = (int(min(max(v, 0), n)) for v in (x0, x1, y0, y1))
+    return slice(y0, y1), slice(x0, x1)
 
 
 def _draw(

@@ -65,6 +65,6 @@ def _decode(source: Path, pixels_path: Path, index_path: Path) -> None:
             pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
             index[name] = [offset, *pixels.shape[:2]]
             offset += out.write(pixels.tobytes())
-    os.replace(temporary, pixels_path)
+    temporary.replace(pixels_path)
     # The index is written last: its presence says that the pixels are whole.
     index_path.write_text(json.dumps(index))

@@ -24,8 +24,6 @@ UCM_LABELS = (
     "airplane", "bare-soil", "buildings", "cars", "chaparral", "court", "dock", "field", "grass", "mobile-home",
     "pavement", "sand", "sea", "ship", "tanks", "trees", "water",
 )  # fmt: skip
-# A multi-label that is absent says that these detection classes are absent too.
-LABEL_DENIES = {"airplane": ("airplane", "helicopter"), "cars": ("car", "truck", "bus", "van"), "ship": ("boat",)}
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def cut(
 
 
 def dihedral(array: npt.NDArray[Any], view: int) -> npt.NDArray[Any]:
-    """View 0..7 of the square's symmetries on the last two axes: `view % 4` quarter turns, then a mirror if view >= 4."""
+    """View 0..7 of the square's symmetries on the last two axes: `view % 4` quarter turns, then a mirror from 4 on."""
     turned = np.rot90(array, view % 4, axes=(-2, -1))
     return turned[..., ::-1] if view >= 4 else turned
 

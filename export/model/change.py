@@ -8,6 +8,7 @@ their absolute difference; the idea of siamese features with concatenation and d
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +43,7 @@ class ChangeHead(nn.Module):
         self.compare = nn.ModuleDict({name: Compare(CHANNELS[name], WIDTHS[name]) for name in LEVELS})
         self.drop = nn.Dropout2d(0.1)
         self.up = nn.ModuleDict(
-            {
-                name: Separable(WIDTHS[coarse] + WIDTHS[name], WIDTHS[name])
-                for coarse, name in zip(LEVELS, LEVELS[1:], strict=False)
-            }
+            {name: Separable(WIDTHS[coarse] + WIDTHS[name], WIDTHS[name]) for coarse, name in pairwise(LEVELS)}
         )
         self.out = nn.Conv2d(WIDTHS["c1"], 1, 1)
         nn.init.normal_(self.out.weight, std=0.01)

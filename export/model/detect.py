@@ -57,8 +57,3 @@ class DetectHead(nn.Module):
 def outputs(logits: Tensor, log_sides: Tensor) -> tuple[Tensor, Tensor]:
     """Head outputs -> (`scores` probabilities, `ltrb` in tile px)."""
     return torch.sigmoid(logits), torch.exp(log_sides)
-
-
-def cell_centres(h: int, w: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Centre x [w] and y [h] of the cells in tile px."""
-    return (torch.arange(w, device=device) + 0.5) * STRIDE, (torch.arange(h, device=device) + 0.5) * STRIDE

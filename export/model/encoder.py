@@ -59,7 +59,7 @@ class InvertedResidual(nn.Module):
 
 
 class Encoder(nn.Module):
-    """tiles [N,5,H,W] -> c1 [N,16,H/2,W/2], c2 [N,24,H/4,..], c3 [N,32,H/8,..], c4 [N,96,H/16,..], c5 [N,320,H/32,..]."""
+    """tiles [N,5,H,W] -> maps c1 .. c5 [N,C,H/s,W/s] with the CHANNELS C and STRIDES s above."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,10 +103,6 @@ class Head1280(nn.Module):
 def convs_in_order(module: nn.Module) -> list[nn.Conv2d]:
     """Every convolution, in the order the forward pass runs them."""
     return [m for m in module.modules() if isinstance(m, nn.Conv2d)]
-
-
-def parameter_count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def load_rgb_weights(encoder: Encoder, head: Head1280, weights: list[tuple[Tensor, Tensor]]) -> None:

@@ -34,5 +34,5 @@ def fold_batch_norms(module: nn.Module) -> None:
     """Fold every (Conv2d, BatchNorm2d) pair of the Sequentials below `module`, in place; eval mode only."""
     for child in module.modules():
         if isinstance(child, ConvNormAct) and isinstance(child[1], nn.BatchNorm2d):
-            child[0] = torch.nn.utils.fuse_conv_bn_eval(child[0], child[1])  # type: ignore[arg-type, type-var]
+            child[0] = torch.nn.utils.fuse_conv_bn_eval(child[0], child[1])
             child[1] = nn.Identity()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy.typing as npt
 import torch
 
 from edge_rsvlm.export import artifact
-from edge_rsvlm.export.data.scenes import SceneSet, ucm
+from edge_rsvlm.export.data.scenes import TILE_PX, SceneSet, ucm
+from edge_rsvlm.export.data.views import RGB_BANDS, U8_RANGE, cut
 from edge_rsvlm.export.model.encoder import Encoder, Head1280, load_rgb_weights
 from edge_rsvlm.export.splits import by_hash, near_duplicates
 from edge_rsvlm.export.stages.tflite_weights import convolutions
@@ -58,6 +60,21 @@ def pooled(
         narrow.append(c5.mean(dim=(2, 3)).numpy())
         wide.append(head(c5).mean(dim=(2, 3)).numpy())
     return np.concatenate(narrow), np.concatenate(wide)
+
+
+@torch.inference_mode()
+def whole_image_features(
+    backbone: artifact.Artifact, images: Sequence[npt.NDArray[np.uint8]]
+) -> npt.NDArray[np.float32]:
+    """Mean c5 [N,320] of whole images [H,W,3] of any size, each stretched to one tile."""
+    encoder = Encoder().eval()
+    encoder.load_state_dict(backbone.tensors())
+    found = []
+    for image in images:
+        box = (0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
+        tile = cut(image, box, (TILE_PX, TILE_PX), RGB_BANDS, U8_RANGE)
+        found.append(encoder(torch.from_numpy(tile)[None])["c5"].mean(dim=(2, 3)).numpy()[0])
+    return np.stack(found)
 
 
 def probe(

@@ -25,7 +25,7 @@ from edge_rsvlm.export.model.change import ChangeHead
 from edge_rsvlm.export.model.detect import DetectHead
 from edge_rsvlm.export.model.encoder import Encoder
 from edge_rsvlm.export.model.scene import SceneHead
-from edge_rsvlm.export.splits import by_hash
+from edge_rsvlm.export.splits import held_out
 
 NAME = "joint"
 DEFAULTS: dict[str, Any] = {
@@ -38,7 +38,6 @@ DEFAULTS: dict[str, Any] = {
     "head_rate": 2e-3,
     "seed": 0,
 }
-DETECT_HELD_OUT = 0.2  # of the Airbus scenes: 8 of 40
 SCENE_LABELS = {"ucm_scene": 21, "ucm_labels": 17, "rsicd_scene": 30, "words": CAPTION_WORDS}
 WORDS_WEIGHT = 20.0  # a mean over 400 words of which a dozen are said
 Batch = dict[str, Tensor]
@@ -53,12 +52,6 @@ class Joint(nn.Module):
         self.scene = SceneHead(SCENE_LABELS)
 
 
-def held_out_scenes(data: DetectData) -> frozenset[str]:
-    names = sorted(data.labels)
-    mask = by_hash(names, DETECT_HELD_OUT if data.spec.name == "airbus_aircraft" else 0.1)
-    return frozenset(name for name, out in zip(names, mask, strict=True) if out)
-
-
 def training_ucm(scenes: SceneSet, backbone: artifact.Artifact) -> np.ndarray:
     """Indices of the UCM images that may be trained on: neither validation nor the same place as one of those."""
     left_out = set(backbone.metrics["ucm_left_out"])
@@ -71,7 +64,7 @@ def run(data: Path, work: Path, config: dict[str, Any], backbone: artifact.Artif
     if found := artifact.find(work / NAME, digest):
         return found
     torch.manual_seed(config["seed"])
-    model = Joint().to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = Joint().to(device(), memory_format=torch.channels_last)
     model.encoder.load_state_dict(backbone.tensors())
     model.train()
     batches = ahead(batch_maker(data, work / "cache", config, backbone), depth=4)
@@ -89,8 +82,7 @@ def run(data: Path, work: Path, config: dict[str, Any], backbone: artifact.Artif
 def batch_maker(data: Path, cache: Path, config: dict[str, Any], backbone: artifact.Artifact) -> Callable[[], Batch]:
     """A function that makes the next batch of every task."""
     rng = np.random.default_rng(config["seed"])
-    sets = [DetectData(spec, data, cache) for spec in SETS]
-    sets = [DetectData(d.spec, data, cache, held_out_scenes(d)) for d in sets]
+    sets = [DetectData(spec, data, cache, held_out(spec.name)) for spec in SETS]
     share = np.array([d.spec.weight for d in sets])
     pairs = ChangeData(training_pairs(data))
     scenes = ucm(data, cache), rsicd(data, cache)

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_rsvlm.cli.common import make_limits, open_session, plan_options, progress_bar
+
+if TYPE_CHECKING:
+    from edge_rsvlm.bundle import Bundle
+    from edge_rsvlm.evaluate import Evaluation
+    from edge_rsvlm.scoring import Score
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+only_option = click.option(
+    "--only",
+    type=click.Path(path_type=Path),
+    metavar="NAMES.txt",
+    help="Score these alone: one name per line, # for comments.",
+)
+images_option = click.option("--images", required=True, metavar="FOLDER_OR_TAR", help="Where the images are.")
+ALL = "all"
+
+
+@click.group("eval")
+def command() -> None:
+    """Score a bundle on labelled images, whole, as users run it. Every score has a bootstrap 95 % interval.
+
+    Needs pip install 'edge-rsvlm[eval]'.
+    """
+
+
+@command.command("detect")
+@click.argument("annotations", type=click.Path(path_type=Path))
+@images_option
+@only_option
+@click.option("--ignore", multiple=True, metavar="LABEL", help="What lies on these boxes counts neither way.")
+@click.option("--alias", multiple=True, metavar="FROM=TO", help="Score label FROM, labelled or detected, as TO.")
+@plan_options
+@json_option
+def detect(
+    annotations: Path, images: str, only: Path | None, ignore: tuple[str, ...], alias: tuple[str, ...], as_json: bool,
+    bundle: Path | None, allow_unsigned: bool, **limits: Any,
+) -> None:  # fmt: skip
+    """AP at IoU 0.5 and 0.5 to 0.95 over all detections, and rates at the bundle's threshold (IoU 0.5).
+
+    ANNOTATIONS is a COCO file. "all" is the mean AP over classes with boxes, and the rates of their pooled counts.
+    """
+    from edge_rsvlm.evaluate import LabelRules, evaluate_detect
+
+    rules = LabelRules(ignore, _aliases(alias))
+    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("detect",))
+    with progress_bar(annotations.name, "images") as progress:
+        found = evaluate_detect(session, annotations, images, only, rules, progress)
+    _report(found, str(annotations), session.bundle, as_json)
+
+
+@command.command("change")
+@click.argument("folder", type=click.Path(path_type=Path))
+@only_option
+@plan_options
+@json_option
+def change(
+    folder: Path, only: Path | None, as_json: bool, bundle: Path | None, allow_unsigned: bool, **limits: Any
+) -> None:
+    """Precision, recall and F1 of changed pixels, per pair and pooled.
+
+    FOLDER holds a folder per pair, with images t1, t2 and change (bright where something changed).
+    """
+    from edge_rsvlm.evaluate import evaluate_change
+
+    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("change",))
+    with progress_bar(folder.name, "pairs") as progress:
+        found = evaluate_change(session, folder, only, progress)
+    _report(found, str(folder), session.bundle, as_json)
+
+
+@command.command("caption")
+@click.argument("captions", type=click.Path(path_type=Path))
+@images_option
+@only_option
+@plan_options
+@json_option
+def caption(
+    captions: Path, images: str, only: Path | None, as_json: bool, bundle: Path | None, allow_unsigned: bool,
+    **limits: Any,
+) -> None:  # fmt: skip
+    """CIDEr and BLEU-4 of captions.
+
+    CAPTIONS has a line {"image": "name", "captions": ["...", ...]} per image. Both sides are lower-cased and lose their
+    punctuation, instead of the Java tokeniser that other reports may use.
+    """
+    from edge_rsvlm.evaluate import evaluate_caption
+
+    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("caption",))
+    with progress_bar(captions.name, "images") as progress:
+        found = evaluate_caption(session, captions, images, only, progress)
+    _report(found, str(captions), session.bundle, as_json)
+
+
+def _aliases(items: Sequence[str]) -> dict[str, str]:
+    from edge_rsvlm.errors import UsageError
+
+    pairs = [item.partition("=") for item in items]
+    for item, (old, equals, new) in zip(items, pairs, strict=True):
+        if not (old and equals and new):
+            raise UsageError(f"--alias '{item}' renames nothing", fix="write it like plane=airplane")
+    return {old: new for old, _, new in pairs}
+
+
+def _report(found: Evaluation, data: str, bundle: Bundle, as_json: bool) -> None:
+    if found.not_scored:
+        names = ", ".join(found.not_scored)
+        click.echo(f"not scored, since the bundle does not know them: {names}; --alias or --ignore them", err=True)
+    if as_json:
+        click.echo(json.dumps(_record(found, data, bundle), ensure_ascii=False))
+        return
+    unit = "pairs" if found.task == "change" else "images"
+    manifest = bundle.manifest
+    click.echo(f"{found.task} on {data}: {found.samples} {unit}, {manifest.name} version {manifest.version}")
+    click.echo(_table(found.scores))
+
+
+def _record(found: Evaluation, data: str, bundle: Bundle) -> dict[str, Any]:
+    return {
+        "task": found.task,
+        "data": data,
+        "bundle": bundle.manifest.name,
+        "version": bundle.manifest.version,
+        "samples": found.samples,
+        "scores": [dataclasses.asdict(score) for score in found.scores],
+        "not_scored": list(found.not_scored),
+    }
+
+
+def _table(scores: Sequence[Score]) -> str:
+    """A row per label, a column per metric."""
+    metrics = list(dict.fromkeys(score.metric for score in scores))
+    labels = list(dict.fromkeys(score.label for score in scores))
+    cells = {(score.label, score.metric): _cell(score) for score in scores}
+    width = max(len(label or ALL) for label in labels)
+    rows = [(" " * width, metrics), *((label or ALL, [cells[label, metric] for metric in metrics]) for label in labels)]
+    return "\n".join(f"{label:<{width}}  " + "".join(f"{cell:<23}" for cell in row).rstrip() for label, row in rows)
+
+
+def _cell(score: Score) -> str:
+    if score.interval is None:
+        return f"{score.value:.3f}"
+    low, high = score.interval
+    return f"{score.value:.3f} [{low:.3f}, {high:.3f}]"

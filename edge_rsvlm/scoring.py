@@ -1,0 +1,283 @@
+"""Scores of detection, change and captions, each with a bootstrap 95 % interval over images: pure numbers, no files.
+
+A resample draws as many images as there are, with replacement, and so is a row of integer weights per image. Every score
+here is a function of weighted sums over images, which makes recomputing it cheap (Efron 1979, "Bootstrap methods").
+A ratio whose denominator is zero is 0. Letters: I images, R resamples, D detections, T IoU thresholds.
+
+AP is that of pycocotools, CIDEr and BLEU are those of pycocoevalcap; both are imported when first used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_rsvlm.errors import UsageError
+
+F64 = NDArray[np.float64]
+SEED = 0
+RESAMPLES = 1000
+AP_RESAMPLES = 200
+UNKNOWN = 255
+RECALLS = np.linspace(0.0, 1.0, 101)
+RATES = ("precision", "recall", "F1")
+
+
+@dataclass(frozen=True)
+class Score:
+    """``label`` is a class or a pair, None for all together; ``interval`` is None for fewer than two samples."""
+
+    metric: str
+    value: float
+    interval: tuple[float, float] | None
+    samples: int
+    label: str | None = None
+
+
+class Truth(NamedTuple):
+    """A labelled box x, y, w, h. What lies on an ``ignore`` box counts neither way; without label, for every class."""
+
+    label: str | None
+    box: tuple[float, float, float, float]
+    ignore: bool = False
+
+
+class Found(NamedTuple):
+    """A detected box x, y, w, h."""
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+
+
+def require(*modules: str) -> list[Any]:
+    """The named modules; UsageError with the install command when one is missing."""
+    try:
+        return [importlib.import_module(name) for name in modules]
+    except ImportError as exc:
+        raise UsageError(f"scoring needs {exc.name}", fix="pip install 'edge-rsvlm[eval]'") from exc
+
+
+def detection_libraries() -> list[Any]:
+    return require("pycocotools.coco", "pycocotools.cocoeval")
+
+
+def caption_libraries() -> list[Any]:
+    return require("pycocoevalcap.cider.cider", "pycocoevalcap.bleu.bleu", "pycocoevalcap.bleu.bleu_scorer")
+
+
+def resamples(images: int, count: int) -> NDArray[np.int64]:
+    """How often each image is drawn in each resample [R, I]; the same for the same numbers."""
+    return np.random.default_rng(SEED).multinomial(images, np.full(images, 1 / images), size=count)
+
+
+def interval(values_R: F64, images: int) -> tuple[float, float] | None:
+    """The middle 95 % of the resamples in which the score is defined."""
+    defined = values_R[np.isfinite(values_R)]
+    if images < 2 or not len(defined):
+        return None
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def rates(counts: NDArray[Any]) -> F64:
+    """Precision, recall and F1 [..., 3] from true positives, false positives and false negatives [..., 3]."""
+    tp, fp, fn = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
+    ratios = [(tp, tp + fp), (tp, tp + fn), (2 * tp, 2 * tp + fp + fn)]
+    return np.stack([np.divide(a, b, out=np.zeros_like(a), where=b > 0) for a, b in ratios], axis=-1)
+
+
+def rate_scores(counts_I3: NDArray[Any], label: str | None = None) -> list[Score]:
+    """Precision, recall and F1 pooled over images."""
+    images = len(counts_I3)
+    values, sampled_R3 = rates(counts_I3.sum(axis=0)), rates(resamples(images, RESAMPLES) @ counts_I3)
+    return [
+        Score(name, float(values[i]), interval(sampled_R3[:, i], images), images, label) for i, name in enumerate(RATES)
+    ]
+
+
+def change_counts(mask_HW: NDArray[np.uint8], changed_HW: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Pixels that are true positive, false positive and false negative [3], where the mask is known (not 255)."""
+    found, known = mask_HW == 1, mask_HW != UNKNOWN
+    pixels = (found & changed_HW, found & ~changed_HW, ~found & changed_HW)
+    return np.array([int((p & known).sum()) for p in pixels], np.int64)
+
+
+@dataclass(frozen=True)
+class ClassMatches:
+    """Detections of one class, best first, matched to labelled boxes; ``positives_I`` is the number of those to find."""
+
+    image_D: NDArray[np.intp]
+    score_D: F64
+    true_TD: NDArray[np.bool_]
+    false_TD: NDArray[np.bool_]
+    positives_I: NDArray[np.int64]
+
+    def counts(self, threshold: float) -> NDArray[np.int64]:
+        """True and false positives and false negatives [I, 3] of detections from ``threshold`` on, at IoU 0.5."""
+        images, kept = len(self.positives_I), self.score_D >= threshold
+        tp, fp = (
+            np.bincount(self.image_D[side[0] & kept], minlength=images) for side in (self.true_TD, self.false_TD)
+        )
+        return np.stack([tp, fp, self.positives_I - tp], axis=1)
+
+    def average_precision(self, weights_I: NDArray[np.int64]) -> F64:
+        """AP [T] with 101 recall points, NaN without a box to find. Weights equal repeating the images."""
+        positives = int(weights_I @ self.positives_I)
+        thresholds, count = self.true_TD.shape
+        if not positives:
+            return np.full(thresholds, np.nan)
+        if not count:
+            return np.zeros(thresholds)
+        weights_D = weights_I[self.image_D]
+        tp, fp = (np.cumsum(side * weights_D, axis=1) for side in (self.true_TD, self.false_TD))
+        precision = tp / np.maximum(tp + fp, 1)
+        # The precision at a recall is the best at that recall or above.
+        best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        padded = np.hstack([best, np.zeros((thresholds, 1))])
+        reached = [np.searchsorted(row / positives, RECALLS, side="left") for row in tp]
+        return np.array([padded[t, at].mean() for t, at in enumerate(reached)])
+
+
+def match_detections(
+    truth: Sequence[Sequence[Truth]], found: Sequence[Sequence[Found]], classes: Sequence[str]
+) -> dict[str, ClassMatches]:
+    """Greedy matching as COCO does it, at IoU 0.5 to 0.95, without its limit of 100 detections per image."""
+    coco, cocoeval = detection_libraries()
+    with contextlib.redirect_stdout(io.StringIO()):
+        labelled = _dataset(coco, truth, classes)
+        evaluation = cocoeval.COCOeval(labelled, _results(labelled, found, classes), "bbox")
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.params.maxDets = [max(map(len, found), default=0) + 1]
+        evaluation.evaluate()
+    images = len(truth)
+    per_class = [evaluation.evalImgs[k * images : (k + 1) * images] for k in range(len(classes))]
+    thresholds = len(evaluation.params.iouThrs)
+    return {name: _class_matches(parts, thresholds) for name, parts in zip(classes, per_class, strict=True)}
+
+
+def _dataset(coco: Any, truth: Sequence[Sequence[Truth]], classes: Sequence[str]) -> Any:
+    annotations = [
+        {"image_id": i + 1, "category_id": k + 1, "bbox": [*t.box], "area": t.box[2] * t.box[3], "iscrowd": int(t.ignore)}
+        for i, boxes in enumerate(truth)
+        for t in boxes
+        for k, name in enumerate(classes)
+        if t.label in (name, None)
+    ]
+    dataset = coco.COCO()
+    dataset.dataset = {
+        "images": [{"id": i + 1} for i in range(len(truth))],
+        "annotations": [annotation | {"id": n + 1} for n, annotation in enumerate(annotations)],
+        "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)],
+    }
+    dataset.createIndex()
+    return dataset
+
+
+def _results(labelled: Any, found: Sequence[Sequence[Found]], classes: Sequence[str]) -> Any:
+    number = {name: k + 1 for k, name in enumerate(classes)}
+    rows = [
+        {"image_id": i + 1, "category_id": number[f.label], "bbox": [*f.box], "score": f.score}
+        for i, boxes in enumerate(found)
+        for f in boxes
+        if f.label in number
+    ]
+    if rows:
+        return labelled.loadRes(rows)
+    empty = type(labelled)()
+    empty.dataset = labelled.dataset | {"annotations": []}
+    empty.createIndex()
+    return empty
+
+
+def _class_matches(parts: Sequence[Any], thresholds: int) -> ClassMatches:
+    """From COCOeval's record per image, which is None where there is neither a box nor a detection."""
+    known = [(i, part) for i, part in enumerate(parts) if part is not None]
+    positives = np.zeros(len(parts), np.int64)
+    for i, part in known:
+        positives[i] = int((np.asarray(part["gtIgnore"]) == 0).sum())
+    image = np.concatenate([np.zeros(0, np.intp), *(np.full(len(p["dtScores"]), i, np.intp) for i, p in known)])
+    score = np.concatenate([np.zeros(0), *(np.asarray(p["dtScores"], np.float64) for _, p in known)])
+    matched, ignored = (
+        np.hstack([np.zeros((thresholds, 0), bool), *(np.asarray(p[key]) != 0 for _, p in known)])
+        for key in ("dtMatches", "dtIgnore")
+    )
+    order = np.argsort(-score, kind="stable")
+    true, false = (matched & ~ignored)[:, order], (~matched & ~ignored)[:, order]
+    return ClassMatches(image[order], score[order], true, false, positives)
+
+
+def detection_scores(matches: dict[str, ClassMatches], threshold: float) -> list[Score]:
+    """AP50, AP50:95, and precision, recall and F1 at ``threshold``: per class that has boxes, then all together.
+
+    All together is the mean AP over those classes, and the counts of those classes pooled.
+    """
+    matches = {name: found for name, found in matches.items() if found.positives_I.any()}
+    images = len(next(iter(matches.values())).positives_I)
+    draws = np.vstack([np.ones(images, np.int64), resamples(images, AP_RESAMPLES)])  # the first row is the sample
+    ap_KRT = np.array([[found.average_precision(weights) for weights in draws] for found in matches.values()])
+    defined = np.isfinite(ap_KRT)  # a resample may hold no box of a class
+    known = defined.sum(axis=0)
+    total = np.where(defined, ap_KRT, 0).sum(axis=0)
+    mean_RT = np.divide(total, known, out=np.full(total.shape, np.nan), where=known > 0)
+    counts = {name: found.counts(threshold) for name, found in matches.items()}
+    rows: list[tuple[str | None, F64, NDArray[np.int64]]] = [
+        (name, ap_KRT[k], counts[name]) for k, name in enumerate(matches)
+    ]
+    rows.append((None, mean_RT, np.sum(list(counts.values()), axis=0)))
+    scores: list[Score] = []
+    for label, ap_RT, counts_I3 in rows:
+        for metric, values_R in (("AP50", ap_RT[:, 0]), ("AP50:95", ap_RT.mean(axis=1))):
+            scores.append(Score(metric, float(values_R[0]), interval(values_R[1:], images), images, label))
+        scores += rate_scores(counts_I3, label)
+    return scores
+
+
+def words(text: str) -> str:
+    """The tokens of a sentence, joined by spaces: lower case, every run of letters and digits, no punctuation."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
+    """CIDEr and BLEU-4 of one sentence per image. Both sides are tokenised by ``words``, not by PTB (no Java).
+
+    Resamples keep CIDEr's document frequencies, which are those of all references here.
+    """
+    cider, bleu, bleu_scorer = caption_libraries()
+    said = {i: [words(text)] for i, text in enumerate(candidates)}
+    true = {i: [words(text) for text in texts] for i, texts in enumerate(references)}
+    images = len(said)
+    draws = resamples(images, RESAMPLES)
+    consensus, cider_I = cider.Cider().compute_score(true, said)
+    bleus, _ = bleu.Bleu(4).compute_score(true, said, verbose=0)
+    counts = np.array([_bleu_counts(bleu_scorer, said[i][0], true[i]) for i in said], np.float64)
+    sampled_R = draws @ np.asarray(cider_I) / images
+    return [
+        Score("CIDEr", float(consensus), interval(sampled_R, images), images),
+        Score("BLEU-4", float(bleus[3]), interval(bleu4(draws @ counts), images), images),
+    ]
+
+
+def _bleu_counts(bleu_scorer: Any, candidate: str, references: Sequence[str]) -> list[int]:
+    """Matching n-grams (n = 1..4), n-grams (n = 1..4), length, and the closest reference length [10]."""
+    lengths, most = bleu_scorer.cook_refs(references)
+    cooked = bleu_scorer.cook_test(candidate, (lengths, most), eff="closest")
+    return [*cooked["correct"], *cooked["guess"], cooked["testlen"], cooked["reflen"]]
+
+
+def bleu4(counts: F64) -> F64:
+    """BLEU-4 of summed counts [..., 10] (Papineni et al. 2002), with pycocoevalcap's guards against zero."""
+    tiny, small = 1e-15, 1e-9
+    correct, guess, length, reference = counts[..., :4], counts[..., 4:8], counts[..., 8], counts[..., 9]
+    precision = np.prod((correct + tiny) / (guess + small), axis=-1) ** 0.25
+    ratio = (length + tiny) / (reference + small)
+    shortness: F64 = np.exp(np.minimum(0.0, 1 - 1 / ratio))
+    return precision * shortness

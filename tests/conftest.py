@@ -1,0 +1,51 @@
+"""A skip is never a pass: ``--must-run torch,data`` fails the run if a test that needs one of these was skipped.
+
+A test that needs something that may be absent asks the fixture ``needs`` for it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--must-run", default="", help="comma-separated needs whose tests must not be skipped")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for report in missing(terminalreporter, config):
+        terminalreporter.write_line(f"must run but was skipped: {report.nodeid}", red=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and missing(reporter, session.config) and session.exitstatus == 0:
+        session.exitstatus = 1
+
+
+def missing(reporter, config):
+    required = {f"needs {name}:" for name in config.getoption("--must-run").split(",") if name}
+    skipped = reporter.stats.get("skipped", [])
+    return [report for report in skipped if any(need in str(report.longrepr) for need in required)]
+
+
+@pytest.fixture
+def needs():
+    """``needs("torch")`` skips with a reason where it is absent; ``needs("data", "oscd")`` returns a set's folder."""
+
+    def check(name: str, part: str = ""):
+        if name == "data":
+            if not (DATA / part).exists():
+                pytest.skip(f"needs data: the set '{part}' is not here")
+            return DATA / part
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}: not installed")
+        return None
+
+    return check

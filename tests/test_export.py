@@ -1,0 +1,190 @@
+"""The ground side on untrained weights: layouts, targets, compiled graphs against torch, artifacts and splits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.usefixtures("torch_here")
+
+
+@pytest.fixture
+def torch_here(needs):
+    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors"):
+        needs(name)
+
+
+@pytest.fixture
+def model():
+    import torch
+
+    from edge_rsvlm.export.compile_onnx import Model
+    from edge_rsvlm.export.model.change import ChangeHead
+    from edge_rsvlm.export.model.decoder import Captioner, DecoderConfig
+    from edge_rsvlm.export.model.detect import DetectHead
+    from edge_rsvlm.export.model.encoder import Encoder
+    from edge_rsvlm.export.model.layers import fold_batch_norms
+
+    torch.manual_seed(3)
+    made = Model(Encoder(), DetectHead(), ChangeHead(), Captioner(DecoderConfig(300, layers=2, dropout=0.0)))
+    for module in (made.encoder, made.detect, made.change, made.captioner):
+        for name, values in module.named_buffers():
+            if name.endswith("running_mean"):
+                values.normal_(0, 0.1)
+        module.eval()
+        fold_batch_norms(module)
+        # As a bundle stores them: the comparison is then of arithmetic, not of rounding.
+        for weights in module.parameters():
+            weights.data = weights.data.half().float()
+    return made
+
+
+def test_graphs_equal_torch_at_other_sizes_than_they_were_traced_with(model, tmp_path):
+    import onnxruntime as ort
+    import torch
+
+    from edge_rsvlm.export import compile_onnx as c
+
+    paths = c.compile_all(model, tmp_path)
+    sessions = {name: ort.InferenceSession(str(path)) for name, path in paths.items()}
+    tiles = torch.randn(3, 5, 96, 160)
+    with torch.inference_mode():
+        maps = model.encoder(tiles)
+        expected = {
+            "detect": c.DetectGraph(model.detect)(*(maps[n] for n in c.DETECT_MAPS)),
+            "change": [c.ChangeGraph(model.change)(*(maps[n] for _ in (0, 1) for n in c.CHANGE_MAPS))],
+            "caption_prefix": [model.captioner.prefix(maps["c5"])],
+        }
+    found = dict(zip(c.ENCODER_MAPS, sessions["encoder"].run(None, {"tiles": tiles.numpy()}), strict=True))
+    for name, values in maps.items():
+        np.testing.assert_allclose(found[name], values.numpy(), atol=1e-5 * float(values.abs().max()) + 1e-7)
+    inputs = {
+        "detect": {n: found[n] for n in c.DETECT_MAPS},
+        "change": {f"{date}_{n}": found[n] for date in ("before", "after") for n in c.CHANGE_MAPS},
+        "caption_prefix": {"c5": found["c5"]},
+    }
+    for name, outputs in expected.items():
+        for actual, output in zip(sessions[name].run(None, inputs[name]), outputs, strict=True):
+            np.testing.assert_allclose(actual, output.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_decoder_graph_in_steps_equals_torch_at_once(model, tmp_path):
+    import onnxruntime as ort
+    import torch
+
+    from edge_rsvlm.export import compile_onnx as c
+
+    path = c.compile_all(model, tmp_path)["caption_decoder"]
+    session, decoder = ort.InferenceSession(str(path)), model.captioner.decoder
+    config, embeds = decoder.config, torch.randn(2, 9, 256)
+    empty = np.zeros((config.layers, 2, config.heads, 0, config.head_width), np.float32)
+    with torch.inference_mode():
+        expected, keys, _ = c.DecoderGraph(model.captioner)(embeds, torch.from_numpy(empty), torch.from_numpy(empty))
+    past = (empty, empty)
+    for part in (embeds[:, :5], embeds[:, 5:6], embeds[:, 6:]):
+        logits, *past = session.run(None, {"embeds": part.numpy(), "past_keys": past[0], "past_values": past[1]})
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+    np.testing.assert_allclose(past[0], keys.numpy(), atol=1e-4)
+
+
+def test_packed_sentences_do_not_see_each_other(model):
+    import torch
+
+    from edge_rsvlm.export.model.decoder import packed_layout
+
+    decoder = model.captioner.decoder
+    prefix, first, second = torch.randn(1, 6, 256), torch.randn(1, 3, 256), torch.randn(1, 3, 256)
+    positions, mask = packed_layout(6, 2, 3)
+    with torch.inference_mode():
+        packed, _ = decoder(torch.cat([prefix, first, second], 1), positions[None], mask)
+        causal = torch.ones(9, 9, dtype=torch.bool).tril()
+        alone, _ = decoder(torch.cat([prefix, second], 1), torch.arange(9)[None], causal)
+    torch.testing.assert_close(packed[:, 9:], alone[:, 6:], atol=1e-5, rtol=1e-4)
+
+
+def test_half_storage_refuses_what_does_not_fit():
+    import onnx
+    from onnx import helper, numpy_helper
+
+    from edge_rsvlm.export.compile_onnx import store_in_half
+
+    weights = numpy_helper.from_array(np.full(100, 1e6, np.float32), "w")
+    node = helper.make_node("Add", ["x", "w"], ["y"])
+    value = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [100]) for n in ("x", "y")]
+    graph = helper.make_graph([node], "g", value[:1], value[1:], [weights])
+    with pytest.raises(ValueError, match="float16"):
+        store_in_half(helper.make_model(graph))
+
+
+def test_dihedral_boxes_follow_the_pixels():
+    from edge_rsvlm.export.data.views import dihedral, dihedral_boxes
+
+    tile = np.zeros((1, 20, 20))
+    tile[0, 3:5, 11:16] = 1
+    box = np.array([[11.0, 3, 16, 5]])
+    for view in range(8):
+        turned = dihedral(tile, view)[0]
+        x0, y0, x1, y1 = dihedral_boxes(box, 20, view)[0].astype(int)
+        assert turned[y0:y1, x0:x1].all() and turned.sum() == turned[y0:y1, x0:x1].sum()
+
+
+def test_detection_targets_decode_to_their_boxes():
+    from edge_rsvlm.export.data.detect import SETS, targets
+
+    boxes = np.array([[10.0, 20, 42, 60], [100, 90, 130, 110], [200, 200, 203, 203]])
+    heat, weight, sides, sides_weight = targets(boxes, np.array([0, 3, 0]), 256, SETS[1])
+    for box, label in zip(boxes[:2], (0, 3), strict=True):
+        row, col = np.unravel_index(heat[label].argmax(), heat[label].shape)
+        assert heat[label, row, col] == 1 and weight[label, row, col] == 1 and sides_weight[row, col] > 0
+        x, y = (col + 0.5) * 4, (row + 0.5) * 4
+        left, top, right, bottom = sides[:, row, col]
+        np.testing.assert_allclose([x - left, y - top, x + right, y + bottom], box)
+    assert weight[:, 50, 50].max() == 0, "an object too small to learn is ignored, not background"
+    assert weight[0, 5, 5] == 1 and weight[3, 60, 10] == 0, "airbus labels are complete for airplanes only"
+
+
+def test_groups_join_by_name_and_by_likeness_and_stay_together():
+    from edge_rsvlm.export.splits import choose, grouped
+
+    names = ["a_1", "a_2", "b", "c", "d", "e"]
+    features = np.eye(6, dtype=np.float32)
+    features[3] = features[2]
+    groups = grouped(names, ["a", "a", "b", "c", "d", "e"], features)
+    assert sorted(map(tuple, groups)) == [("a_1", "a_2"), ("b", "c"), ("d",), ("e",)]
+    chosen = set(choose(groups, 0.5))
+    assert len(chosen) == 3 and all(chosen.issuperset(g) or chosen.isdisjoint(g) for g in groups)
+
+
+def test_held_out_images_are_not_trained_on(needs, tmp_path):
+    from edge_rsvlm.export.data.detect import SETS, DetectData
+    from edge_rsvlm.export.splits import held_out
+
+    data = needs("data", "drone_vehicles").parent
+    spec = next(s for s in SETS if s.name == "drone_vehicles")
+    kept = DetectData(spec, data, tmp_path, held_out(spec.name))
+    assert held_out(spec.name) and not held_out(spec.name) & set(kept.names)
+
+
+def test_an_artifact_is_reused_only_for_the_same_recipe(tmp_path):
+    import torch
+
+    from edge_rsvlm.export import artifact
+
+    digest = artifact.stage_hash("s", {"rate": 1}, [])
+    written = artifact.write(tmp_path / "s", "s", digest, {"rate": 1}, {}, {"a.w": torch.ones(3)}, {"t.txt": "é"})
+    assert artifact.find(tmp_path / "s", digest) == written
+    assert artifact.find(tmp_path / "s", artifact.stage_hash("s", {"rate": 2}, [])) is None
+    assert (tmp_path / "s" / "t.txt").read_text(encoding="utf-8") == "é"
+    assert artifact.part(written.tensors(), "a")["w"].tolist() == [1, 1, 1]
+    with pytest.raises(FileNotFoundError, match="run the stage"):
+        artifact.load(tmp_path / "absent")
+
+
+def test_tokens_survive_the_round_trip():
+    from edge_rsvlm.export.data.captions import points_somewhere, tidy, train_tokenizer
+
+    captions = [tidy(c) for c in ("There are  2 Planes .", "a road , in the left .")]
+    assert captions == ["there are 2 planes", "a road, in the left"]
+    tokenizer = train_tokenizer(captions)
+    assert [tokenizer.decode(tokenizer.encode(c).ids) for c in captions] == captions
+    assert [points_somewhere(c) for c in captions] == [False, True]
