@@ -21,6 +21,7 @@ import torch
 from edge_rsvlm.bundle import load_bundle
 from edge_rsvlm.config.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 from edge_rsvlm.export import artifact
+from edge_rsvlm.export.baselines import consensus
 from edge_rsvlm.export.compile_onnx import (
     CHANGE_MAPS,
     DETECT_MAPS,
@@ -37,7 +38,7 @@ from edge_rsvlm.export.model import change, detect
 from edge_rsvlm.export.model.encoder import STEM_BANDS
 from edge_rsvlm.export.model_card import CARD_NAME, write_card
 from edge_rsvlm.export.score import evaluations
-from edge_rsvlm.export.stages import caption, joint
+from edge_rsvlm.export.stages import backbone, caption, joint
 from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine
 from edge_rsvlm.raster.reader import open_raster
 from edge_rsvlm.tasks.encode import encode
@@ -57,7 +58,7 @@ TRAINING_DATA = (
 )  # fmt: skip
 FLOAT_RANGE = S2_RANGE / 10_000  # reflectance
 PROBE_TOLERANCE = 0.01
-PROBE_SCENES = ("ucm_airplane.png", "ucm_harbor.png")
+PROBE_SCENES = ("airliners.webp", "marina.webp")
 UNMEASURED = {"session_bytes": 1, "tile_bytes": 1}
 TASKS = ("detect", "change", "caption")
 
@@ -162,7 +163,11 @@ def make_bundle(data: Path, work: Path, out: Path, scenes: Path) -> None:
     tasks = {name: {**spec, "memory": measured_memory(folder, name)} for name, spec in tasks.items()}
     write_manifest(folder, tasks, [])
     accuracy = evaluations(data, folder)
-    write_card(folder / CARD_NAME, TRAINING_DATA, LICENCE, accuracy, {p.folder.name: p.manifest for p in parts})
+    write_card(
+        folder / CARD_NAME, name=NAME, licence=LICENCE, training_data=TRAINING_DATA, accuracy=accuracy,
+        stages=[p.manifest for p in parts], baseline=consensus(data, work),
+        left_out=len(artifact.load(work / backbone.NAME).metrics["ucm_left_out"]),
+    )  # fmt: skip
     write_manifest(folder, tasks, accuracy)
     size = sum(p.stat().st_size for p in folder.iterdir())
     if size > MOST_BYTES:

@@ -63,7 +63,7 @@ def _walk(
     """(piece, corners (x, y)) of every ring, from its first corner; may pass one corner twice."""
     count = len(x)
     # Of a corner that is there twice the first copy ends the edge from the left and the second begins the edge to the
-    # right. Pixels that meet in a corner are separate pieces, so the left edge goes on upwards when the pixel up left is
+    # right. Pixels that meet in a corner only do not touch, so the left edge goes on upwards when the pixel up left is
     # inside, and downwards otherwise: then the copies change places along the column.
     copy = np.zeros(count, np.int64)
     copy[1:] = (np.abs(turn[1:]) == 2) & (np.diff(piece) == 0) & (np.diff(y) == 0) & (np.diff(x) == 0)

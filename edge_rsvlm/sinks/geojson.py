@@ -42,9 +42,9 @@ class GeoJsonWriter:
         self._separator = ",\n"
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        with self._stack:
-            if exc is not None:
-                raise exc  # unwinds the stack as an error, which removes the file
-            with writing(self._path):
-                self._file.write("\n]}\n")
-                self._file.close()
+        if exc is not None:
+            self._stack.__exit__(kind, exc, tb)  # as an error, which removes the file
+            return
+        with self._stack, writing(self._path):
+            self._file.write("\n]}\n")
+            self._file.close()

@@ -59,9 +59,10 @@ class MaskWriter:
             first_row, rows_RW = first_row + len(part), rows_RW[len(part) :]
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        if exc is not None:
+            self._stack.__exit__(kind, exc, tb)  # as an error, which removes the file
+            return
         with self._stack:
-            if exc is not None:
-                raise exc  # unwinds the stack as an error, which removes the file
             while self._top < self._georeference.height:
                 self._write_block_row()
             with self._gdal_errors():
