@@ -23,7 +23,7 @@ test: $(VENV)/.developer
 	$(BIN)/python -m pytest tests $(PYTEST_FLAGS)
 
 bench: $(VENV)/.developer
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks -s
 
 # mypy reads the package as it is installed: export/ and device_profiles/ sit under edge_rsvlm.
 lint: $(VENV)/.developer

@@ -29,7 +29,12 @@ SLACK = 1.10
 
 @dataclass(frozen=True)
 class Demand:
-    """What one task asks of one input. Sizes in pixels of the raster as read; ``dates`` is 2 for change."""
+    """What one task asks of one input; ``dates`` is 2 for change.
+
+    ``scale_xy`` are pixels as read (of the raster or an overview) per tile pixel, ``width`` pixels of the raster.
+    ``resident_bytes`` stay decoded for as long as the input is open. ``canvas_rows`` is how many rows of the raster the
+    results of two rows of tiles cover.
+    """
 
     task: str
     input: InputSpec
@@ -37,7 +42,8 @@ class Demand:
     bytes_per_pixel: int
     scale_xy: tuple[float, float]
     width: int
-    decoded_bytes: int = 0
+    resident_bytes: int = 0
+    canvas_rows: int = 0
     dates: int = 1
 
 
@@ -86,9 +92,11 @@ def plan_memory(demands: Sequence[Demand], *, limit_bytes: int, base_bytes: int 
 
 
 def _smaller_input_advice(demands: Sequence[Demand]) -> str:
-    if max(d.decoded_bytes for d in demands) < 16 * MIB:
-        return ""
-    return ", or make the input readable by window: gdal_translate -of COG INPUT OUTPUT.tif"
+    if max(d.resident_bytes for d in demands) >= 16 * MIB:
+        return ", or make the input readable by window: gdal_translate -of COG INPUT OUTPUT.tif"
+    if max(max(d.scale_xy) for d in demands) >= 2:
+        return ", or give the input overviews: gdaladdo -r average INPUT 2 4 8 16"
+    return ""
 
 
 def _plan(demands: Sequence[Demand], base: int, batch: int, read_pixels: int) -> MemoryPlan:
@@ -112,8 +120,9 @@ def _sizes(demand: Demand, batch: int, read_pixels: int) -> dict[str, int]:
     smallest_read = math.prod(spec.tile_px * scale + halo_px for scale in demand.scale_xy)
     pixels = math.ceil(max(read_pixels, smallest_read))
     # One copy as decoded, one as handed to the tiles, for each date.
-    read_bytes = 2 * pixels * demand.bytes_per_pixel * demand.dates + demand.decoded_bytes
+    read_bytes = 2 * pixels * demand.bytes_per_pixel * demand.dates + demand.resident_bytes
     tile_bytes = 4 * len(spec.bands) * spec.tile_px**2 * demand.dates
-    rows = math.ceil(2 * spec.tile_px * demand.scale_xy[1]) + math.ceil(pixels / max(demand.width, 1))
+    magnification = demand.canvas_rows / (2 * spec.tile_px * demand.scale_xy[1])
+    rows = demand.canvas_rows + math.ceil(pixels * magnification**2 / max(demand.width, 1))
     canvas = demand.width * rows * 3 if demand.task == "change" else 0
     return {"pixels": read_bytes, "tiles": tile_bytes * batch * TILE_BATCHES_IN_FLIGHT, "canvas": canvas}

@@ -202,7 +202,9 @@ def _coco(path: Path) -> tuple[list[str], dict[str, list[Truth]]]:
             box = Truth(labels[annotation["category_id"]], (x, y, w, h), bool(annotation.get("iscrowd", 0)))
             truth[names[annotation["image_id"]]].append(box)
     except (ValueError, TypeError, KeyError) as exc:
-        raise UsageError(f"{path} is not a COCO file of boxes ({exc!r})", fix="see cocodataset.org/#format-data") from exc
+        raise UsageError(
+            f"{path} is not a COCO file of boxes ({exc!r})", fix="see cocodataset.org/#format-data"
+        ) from exc
     if not truth:
         raise UsageError(f"{path} lists no image", fix="name a COCO file of boxes")
     return list(labels.values()), truth

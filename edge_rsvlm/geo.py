@@ -6,11 +6,13 @@ moved their origin already.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from affine import Affine
 from geographiclib.geodesic import Geodesic
 from numpy.typing import NDArray
 from rasterio import warp
@@ -23,9 +25,11 @@ from edge_rsvlm.types import Georeference
 
 Ring = NDArray[np.float64]
 WGS84 = Geodesic.WGS84
+LONLAT = CRS.from_epsg(4326)
 EARTH_SEMI_MAJOR_M = 6_378_137.0
 DECIMALS = 7  # of a degree: 1 cm
 PIXEL_DECIMALS = 2
+LONGEST_SIDE_PX = 64
 
 
 class PixelMapper:
@@ -53,38 +57,61 @@ class PixelMapper:
     def to_crs(self, xy_N2: NDArray[np.float64]) -> NDArray[np.float64]:
         """Raster pixels [N, 2] -> coordinates of the raster's CRS [N, 2]."""
         assert self._georeference is not None
-        transform = self._georeference.transform
-        if transform is not None:
-            x, y = transform @ (xy_N2[:, 0], xy_N2[:, 1])
-        else:
-            x, y = self._gcp_transformer.xy(xy_N2[:, 1], xy_N2[:, 0], offset="ul")
+        if self._georeference.transform is not None:
+            return apply(self._georeference.transform, xy_N2)
+        x, y = self._gcp_transformer.xy(xy_N2[:, 1], xy_N2[:, 0], offset="ul")
         return np.stack([np.asarray(x, np.float64), np.asarray(y, np.float64)], axis=1)
 
-    def to_lonlat(self, xy_N2: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Raster pixels [N, 2] -> longitude and latitude in degrees [N, 2]. Only where ``located``."""
+    @cached_property
+    def _crs(self) -> CRS | None:
+        """None where coordinates are WGS 84 longitude and latitude already."""
         assert self._georeference is not None and self._georeference.crs_wkt is not None
-        crs_xy = self.to_crs(np.asarray(xy_N2, np.float64).reshape(-1, 2))
         crs = CRS.from_wkt(self._georeference.crs_wkt)
-        if not len(crs_xy) or crs.to_epsg() == 4326:
+        return None if crs == LONLAT else crs
+
+    def to_lonlat(self, xy_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Raster pixels [N, 2] -> longitude and latitude in degrees [N, 2]; infinite where the CRS is not defined.
+
+        Only where ``located``.
+        """
+        crs_xy = self.to_crs(np.asarray(xy_N2, np.float64).reshape(-1, 2))
+        if self._crs is None or not len(crs_xy):
             return crs_xy
-        lon, lat = warp.transform(crs, CRS.from_epsg(4326), crs_xy[:, 0], crs_xy[:, 1])
-        return np.stack([lon, lat], axis=1)
+        found = _transformed(self._crs, crs_xy)
+        if found is None:
+            # One point outside the projection's domain fails the whole call.
+            alone = [_transformed(self._crs, point[None]) for point in crs_xy]
+            found = np.concatenate([np.full((1, 2), np.inf) if point is None else point for point in alone])
+        return found
 
 
-def on_earth(crs_wkt: str) -> bool:
-    """Whether a CRS has an ellipsoid of Earth's size; engineering and planetary systems have not."""
+def _transformed(crs: CRS, xy_N2: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """Longitudes and latitudes [N, 2], or None when a point has none."""
     try:
-        crs = CRS.from_wkt(crs_wkt)
-        lon, lat = warp.transform(crs, CRS.from_epsg(4326), [0.0], [0.0])
-    except (CRSError, RuntimeError, ValueError):
-        return False
+        lon, lat = warp.transform(crs, LONLAT, xy_N2[:, 0], xy_N2[:, 1])
     except Exception as exc:
         if "CPLE" not in type(exc).__name__:
             raise
+        return None
+    return np.stack([lon, lat], axis=1)
+
+
+def apply(transform: Affine, xy_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Points [N, 2] through an affine transform."""
+    x, y = xy_N2.T
+    a, b, c, d, e, f = transform[:6]
+    return np.stack([a * x + b * y + c, d * x + e * y + f], axis=1)
+
+
+def on_earth(crs_wkt: str) -> bool:
+    """Whether a CRS is geographic or projected on an ellipsoid of Earth's size; local and planetary ones are not."""
+    try:
+        crs = CRS.from_wkt(crs_wkt)
+    except CRSError:
         return False
-    del lon, lat
     semi_major = _semi_major_m(crs_wkt)
-    return semi_major is None or abs(semi_major / EARTH_SEMI_MAJOR_M - 1) < 0.01
+    earthly = semi_major is None or abs(semi_major / EARTH_SEMI_MAJOR_M - 1) < 0.01
+    return earthly and bool(crs.is_geographic or crs.is_projected)
 
 
 def _semi_major_m(crs_wkt: str) -> float | None:
@@ -122,11 +149,23 @@ def box_ring(xyxy: NDArray[np.float64]) -> Ring:
 
 
 def area_m2(rings_px: Sequence[Ring], mapper: PixelMapper) -> float | None:
-    """Geodesic area of a polygon (exterior, then holes) in raster pixels, or None where not located."""
+    """Geodesic area of a polygon (exterior, then holes) in raster pixels, or None where it has no place on Earth."""
     if not mapper.located:
         return None
-    exterior, *holes = (_geodesic_area(mapper.to_lonlat(ring)) for ring in rings_px)
+    lonlat = [mapper.to_lonlat(_dense(ring)) for ring in rings_px]
+    if not all(np.isfinite(ring).all() for ring in lonlat):
+        return None
+    exterior, *holes = (_geodesic_area(ring) for ring in lonlat)
     return exterior - sum(holes)
+
+
+def _dense(ring_M2: Ring) -> Ring:
+    """More points on long sides, since a straight line of the raster is not a geodesic."""
+    steps = np.diff(ring_M2, axis=0)
+    parts = np.maximum(np.ceil(np.abs(steps).max(axis=1) / LONGEST_SIDE_PX), 1).astype(int)
+    side = np.repeat(np.arange(len(parts)), parts)
+    share = (np.arange(len(side)) - np.repeat(np.cumsum(parts) - parts, parts)) / parts[side]
+    return np.concatenate([ring_M2[side] + steps[side] * share[:, None], ring_M2[-1:]])
 
 
 def _geodesic_area(lonlat_M2: NDArray[np.float64]) -> float:
@@ -136,16 +175,19 @@ def _geodesic_area(lonlat_M2: NDArray[np.float64]) -> float:
     return abs(float(polygon.Compute()[2]))
 
 
-def feature_geometry(rings_px: Sequence[Ring], mapper: PixelMapper) -> dict[str, Any]:
+def feature_geometry(rings_px: Sequence[Ring], mapper: PixelMapper) -> dict[str, Any] | None:
     """RFC 7946 geometry of a polygon (exterior, then holes; closed) in raster pixels.
 
     Exteriors wind counter-clockwise, holes clockwise; seven decimals; cut where it crosses the antimeridian. Where not
-    located, coordinates are raster pixels.
+    located, coordinates are raster pixels. None where a corner has no longitude and latitude, as off the disk of a
+    geostationary image.
     """
     if not mapper.located:
         rings = [[[round(float(x), PIXEL_DECIMALS), round(float(y), PIXEL_DECIMALS)] for x, y in r] for r in rings_px]
         return {"type": "Polygon", "coordinates": rings}
     lonlat = [mapper.to_lonlat(ring) for ring in rings_px]
+    if not all(np.isfinite(ring).all() for ring in lonlat):
+        return None
     first = _unwrapped(lonlat[0], lonlat[0][0, 0])
     unwrapped = [first, *(_unwrapped(ring, first[0, 0]) for ring in lonlat[1:])]
     parts = [_written(piece) for piece in _cut_at_antimeridian(unwrapped)]
@@ -180,7 +222,7 @@ def _clip(ring: Ring, lon: float, side: int) -> Ring:
     if len(ring) == 0 or (side * (ring[:, 0] - lon) >= 0).all():
         return ring
     out: list[NDArray[np.float64]] = []
-    for a, b in zip(ring[:-1], ring[1:], strict=True):
+    for a, b in itertools.pairwise(ring):
         a_in, b_in = side * (a[0] - lon) >= 0, side * (b[0] - lon) >= 0
         if a_in:
             out.append(a)

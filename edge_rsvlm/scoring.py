@@ -1,7 +1,7 @@
 """Scores of detection, change and captions, each with a bootstrap 95 % interval over images: pure numbers, no files.
 
-A resample draws as many images as there are, with replacement, and so is a row of integer weights per image. Every score
-here is a function of weighted sums over images, which makes recomputing it cheap (Efron 1979, "Bootstrap methods").
+A resample draws as many images as there are, with replacement: a row of integer weights per image. Every score here
+is a function of weighted sums over images, which makes recomputing it cheap (Efron 1979, "Bootstrap methods").
 A ratio whose denominator is zero is 0. Letters: I images, R resamples, D detections, T IoU thresholds.
 
 AP is that of pycocotools, CIDEr and BLEU are those of pycocoevalcap; both are imported when first used.
@@ -113,7 +113,7 @@ def change_counts(mask_HW: NDArray[np.uint8], changed_HW: NDArray[np.bool_]) -> 
 
 @dataclass(frozen=True)
 class ClassMatches:
-    """Detections of one class, best first, matched to labelled boxes; ``positives_I`` is the number of those to find."""
+    """Detections of one class, best first, matched to labelled boxes; ``positives_I`` of those are to be found."""
 
     image_D: NDArray[np.intp]
     score_D: F64
@@ -124,9 +124,7 @@ class ClassMatches:
     def counts(self, threshold: float) -> NDArray[np.int64]:
         """True and false positives and false negatives [I, 3] of detections from ``threshold`` on, at IoU 0.5."""
         images, kept = len(self.positives_I), self.score_D >= threshold
-        tp, fp = (
-            np.bincount(self.image_D[side[0] & kept], minlength=images) for side in (self.true_TD, self.false_TD)
-        )
+        tp, fp = (np.bincount(self.image_D[side[0] & kept], minlength=images) for side in (self.true_TD, self.false_TD))
         return np.stack([tp, fp, self.positives_I - tp], axis=1)
 
     def average_precision(self, weights_I: NDArray[np.int64]) -> F64:
@@ -166,7 +164,13 @@ def match_detections(
 
 def _dataset(coco: Any, truth: Sequence[Sequence[Truth]], classes: Sequence[str]) -> Any:
     annotations = [
-        {"image_id": i + 1, "category_id": k + 1, "bbox": [*t.box], "area": t.box[2] * t.box[3], "iscrowd": int(t.ignore)}
+        {
+            "image_id": i + 1,
+            "category_id": k + 1,
+            "bbox": [*t.box],
+            "area": t.box[2] * t.box[3],
+            "iscrowd": int(t.ignore),
+        }
         for i, boxes in enumerate(truth)
         for t in boxes
         for k, name in enumerate(classes)
@@ -277,7 +281,8 @@ def bleu4(counts: F64) -> F64:
     """BLEU-4 of summed counts [..., 10] (Papineni et al. 2002), with pycocoevalcap's guards against zero."""
     tiny, small = 1e-15, 1e-9
     correct, guess, length, reference = counts[..., :4], counts[..., 4:8], counts[..., 8], counts[..., 9]
-    precision = np.prod((correct + tiny) / (guess + small), axis=-1) ** 0.25
+    precision: F64 = np.prod((correct + tiny) / (guess + small), axis=-1) ** 0.25
     ratio = (length + tiny) / (reference + small)
     shortness: F64 = np.exp(np.minimum(0.0, 1 - 1 / ratio))
-    return precision * shortness
+    score: F64 = precision * shortness
+    return score

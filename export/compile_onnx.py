@@ -35,6 +35,7 @@ DYNAMIC = torch.export.Dim.DYNAMIC
 ENCODER_MAPS = tuple(CHANNELS)
 DETECT_MAPS = ("c2", "c3", "c4", "c5")
 CHANGE_MAPS = ("c1", "c2", "c3", "c4")
+CHANGE_INPUTS = tuple(f"{date}_{name}" for date in ("before", "after") for name in CHANGE_MAPS)
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,16 @@ class Model:
     captioner: Captioner
 
 
-def load_model(joint: Artifact, caption: Artifact) -> Model:
-    """The trained model of the two artifacts."""
+def load_model(joint: Artifact, compared: Artifact, caption: Artifact) -> Model:
+    """The trained model: encoder and boxes of the joint stage, the change head of its own, the captioner."""
     trained, words = joint.tensors(), caption.tensors()
     vocabulary = len(words["decoder.embed_tokens.weight"])
     model = Model(
         Encoder(), detect.DetectHead(), change.ChangeHead(), Captioner(DecoderConfig(vocabulary, dropout=0.0))
     )
-    for name, module in (("encoder", model.encoder), ("detect", model.detect), ("change", model.change)):
-        module.load_state_dict(part(trained, name))
+    model.encoder.load_state_dict(part(trained, "encoder"))
+    model.detect.load_state_dict(part(trained, "detect"))
+    model.change.load_state_dict(compared.tensors())
     model.captioner.load_state_dict(words)
     for module in (model.encoder, model.detect, model.change, model.captioner):
         module.eval()
@@ -142,14 +144,14 @@ def compile_all(model: Model, folder: Path) -> dict[str, Path]:
     config = model.captioner.decoder.config
     past = torch.randn(config.layers, 2, config.heads, 5, config.head_width)
     tokens = {0: DYNAMIC, 1: DYNAMIC}
-    dates = [f"{date}_{name}" for date in ("before", "after") for name in CHANGE_MAPS]
-    pair = tuple(maps[name] for name in CHANGE_MAPS)
+    # Tensors of their own: the exporter takes one tensor given twice for one input.
+    pair = [torch.randn_like(maps[name]) for _ in ("before", "after") for name in CHANGE_MAPS]
     recipes: list[tuple[str, nn.Module, tuple[Tensor, ...], list[str], list[str], list[dict[int, Any]]]] = [
         ("encoder", EncoderGraph(model.encoder), (torch.randn(2, len(STEM_BANDS), EXAMPLE_PX, EXAMPLE_PX),),
          ["tiles"], list(ENCODER_MAPS), [nchw]),
         ("detect", DetectGraph(model.detect), tuple(maps[n] for n in DETECT_MAPS),
          list(DETECT_MAPS), ["scores", "ltrb"], [nchw] * 4),
-        ("change", ChangeGraph(model.change), (*pair, *pair), dates, ["change"], [nchw] * 8),
+        ("change", ChangeGraph(model.change), tuple(pair), list(CHANGE_INPUTS), ["change"], [nchw] * 8),
         ("caption_prefix", PrefixGraph(model.captioner), (maps["c5"],), ["c5"], ["prefix"], [nchw]),
         ("caption_embed", EmbedGraph(model.captioner), (torch.zeros(2, 3, dtype=torch.long),),
          ["tokens"], ["embeds"], [tokens]),

@@ -39,6 +39,7 @@ from edge_rsvlm.export.model.encoder import STEM_BANDS
 from edge_rsvlm.export.model_card import CARD_NAME, write_card
 from edge_rsvlm.export.score import evaluations
 from edge_rsvlm.export.stages import backbone, caption, joint
+from edge_rsvlm.export.stages import change as change_stage
 from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine
 from edge_rsvlm.raster.reader import open_raster
 from edge_rsvlm.tasks.encode import encode
@@ -148,13 +149,13 @@ def measured_memory(folder: Path, task: str) -> dict[str, int]:
 
 def make_bundle(data: Path, work: Path, out: Path, scenes: Path) -> None:
     """Assemble in a temporary folder beside ``out``, then replace ``out`` and the hash that the package carries."""
-    parts = artifact.load(work / joint.NAME), artifact.load(work / caption.NAME)
+    parts = [artifact.load(work / stage.NAME) for stage in (joint, change_stage, caption)]
     model = load_model(*parts)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".bundle-", dir=out.parent))
     folder.chmod(0o755)
     compile_all(model, folder)
-    shutil.copyfile(parts[1].folder / caption.TOKENIZER_NAME, folder / caption.TOKENIZER_NAME)
+    shutil.copyfile(parts[-1].folder / caption.TOKENIZER_NAME, folder / caption.TOKENIZER_NAME)
     tasks = task_specs(model)
     (folder / "probe.npz").touch()
     write_manifest(folder, tasks, [])

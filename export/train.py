@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 
 from edge_rsvlm.export import artifact
-from edge_rsvlm.export.stages import backbone, caption, joint
+from edge_rsvlm.export.stages import backbone, caption, change, joint
 
-STAGES = (backbone.NAME, joint.NAME, caption.NAME)
+STAGES = (backbone.NAME, joint.NAME, change.NAME, caption.NAME)
 
 
 def main() -> None:
@@ -33,6 +33,9 @@ def main() -> None:
         return
     trained = report(joint.run(options.data, options.work, scaled(joint.DEFAULTS), imported))
     if options.until == joint.NAME:
+        return
+    report(change.run(options.data, options.work, scaled(change.DEFAULTS), trained))
+    if options.until == change.NAME:
         return
     report(caption.run(options.data, options.work, scaled(caption.DEFAULTS), trained))
 

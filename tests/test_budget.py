@@ -9,7 +9,13 @@ TASKS = parsed().tasks
 
 def demand(task="detect", **options):
     spec = getattr(TASKS, task)
-    defaults = {"bytes_per_pixel": 4, "scale_xy": (1.0, 1.0), "width": 3000, "dates": 2 if task == "change" else 1}
+    defaults = {
+        "bytes_per_pixel": 4,
+        "scale_xy": (1.0, 1.0),
+        "width": 3000,
+        "canvas_rows": 256,
+        "dates": 2 if task == "change" else 1,
+    }
     return Demand(task, spec.input, spec.memory, **(defaults | options))
 
 
@@ -32,10 +38,10 @@ def test_refusal_names_the_numbers_and_what_would_fit():
 
 def test_whole_images_count_what_they_decode_to():
     windowed = plan_memory([demand()], limit_bytes=1 << 31, base_bytes=0)
-    decoded = plan_memory([demand(decoded_bytes=300 * MIB)], limit_bytes=1 << 31, base_bytes=0)
+    decoded = plan_memory([demand(resident_bytes=300 * MIB)], limit_bytes=1 << 31, base_bytes=0)
     assert decoded.total_bytes - windowed.total_bytes >= 300 * MIB
     with pytest.raises(BudgetError, match="gdal_translate -of COG"):
-        plan_memory([demand(decoded_bytes=300 * MIB)], limit_bytes=256 * MIB, base_bytes=0)
+        plan_memory([demand(resident_bytes=300 * MIB)], limit_bytes=256 * MIB, base_bytes=0)
 
 
 def test_change_counts_two_dates_and_its_rows():

@@ -14,7 +14,7 @@ import edge_rsvlm
 ROOT = Path(edge_rsvlm.__file__).parent
 FOUNDATION = {"errors", "types"}
 FACTS = FOUNDATION | {"config", "profiles", "geo", "scoring"}
-STAGES = ("raster", "tiles", "engines", "tasks", "merge", "sinks", "bundle", "budget")
+STAGES = ("raster", "tiles", "engines", "tasks", "merge", "sinks", "bundle", "budget", "report")
 BELOW_VERBS = FACTS | {*STAGES, "pipeline"}
 ALLOWED = (
     {"errors": set(), "types": set()}

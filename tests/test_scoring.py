@@ -11,7 +11,11 @@ from edge_rsvlm import scoring
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.scoring import Found, Truth
 
-pytest.importorskip("pycocotools")
+
+@pytest.fixture(autouse=True)
+def libraries(needs):
+    needs("pycocotools")
+    needs("pycocoevalcap")
 
 
 def random_scene(rng, images=12, classes=("car", "boat")):
@@ -20,8 +24,12 @@ def random_scene(rng, images=12, classes=("car", "boat")):
     for _ in range(images):
         boxes = [(*rng.uniform(0, 300, 2), *rng.uniform(8, 60, 2)) for _ in range(rng.integers(0, 9))]
         labels = rng.choice(classes, len(boxes))
-        truth.append([Truth(str(k), tuple(map(float, b)), bool(rng.random() < 0.15)) for k, b in zip(labels, boxes)])
-        seen = [(k, np.array(b) + rng.normal(0, 3, 4)) for k, b in zip(labels, boxes) if rng.random() < 0.8]
+        truth.append(
+            [Truth(str(k), tuple(map(float, b)), bool(rng.random() < 0.15)) for k, b in zip(labels, boxes, strict=True)]
+        )
+        seen = [
+            (k, np.array(b) + rng.normal(0, 3, 4)) for k, b in zip(labels, boxes, strict=True) if rng.random() < 0.8
+        ]
         seen += [(rng.choice(classes), (*rng.uniform(0, 300, 2), *rng.uniform(8, 60, 2))) for _ in range(4)]
         found.append([Found(str(k), float(np.round(rng.random(), 1)), tuple(map(float, b))) for k, b in seen])
     return truth, found
@@ -127,7 +135,6 @@ CAPTIONS = [
 
 
 def test_captions_score_as_pycocoevalcap_does():
-    pytest.importorskip("pycocoevalcap")
     said, references = [c for c, _ in CAPTIONS], [r for _, r in CAPTIONS]
     cider, bleu, scorer = scoring.caption_libraries()
     scores = {s.metric: s for s in scoring.caption_scores(said, references)}

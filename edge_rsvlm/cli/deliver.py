@@ -10,6 +10,7 @@ from typing import Any, TextIO, TypeVar
 import click
 
 from edge_rsvlm.cli.common import ExitCode, progress_bar
+from edge_rsvlm.geo import PixelMapper
 from edge_rsvlm.pipeline.detect import DetectQuery
 from edge_rsvlm.pipeline.outcome import Emit, Outcome, Progress
 from edge_rsvlm.pipeline.session import Session, georeference
@@ -29,7 +30,7 @@ class Results:
         self.count = 0
         self.labels: dict[str, int] = {}
 
-    def emit(self, record: dict[str, Any], geometry: dict[str, Any]) -> None:
+    def emit(self, record: dict[str, Any], geometry: dict[str, Any] | None) -> None:
         self.count += 1
         if "label" in record:
             self.labels[record["label"]] = self.labels.get(record["label"], 0) + 1
@@ -120,6 +121,6 @@ class Delivery:
             spool = stack.enter_context(RecordSpool(head, list_key)) if self._stream else None
             writer = None
             if geojson:
-                on_earth = georeference(image).crs_wkt is not None
-                writer = stack.enter_context(GeoJsonWriter(geojson, properties=head, located=on_earth))
+                located = PixelMapper(georeference(image)).located
+                writer = stack.enter_context(GeoJsonWriter(geojson, properties=head, located=located))
             yield Results(spool, writer), spool

@@ -46,9 +46,10 @@ def detect(
     annotations: Path, images: str, only: Path | None, ignore: tuple[str, ...], alias: tuple[str, ...], as_json: bool,
     bundle: Path | None, allow_unsigned: bool, **limits: Any,
 ) -> None:  # fmt: skip
-    """AP at IoU 0.5 and 0.5 to 0.95 over all detections, and rates at the bundle's threshold (IoU 0.5).
+    """AP50 and AP50:95, and rates at the bundle's threshold.
 
-    ANNOTATIONS is a COCO file. "all" is the mean AP over classes with boxes, and the rates of their pooled counts.
+    ANNOTATIONS is a COCO file. AP counts all detections from score 0.05 on, rates match at IoU 0.5. "all" is
+    the mean AP over classes with boxes, and the rates of their pooled counts.
     """
     from edge_rsvlm.evaluate import LabelRules, evaluate_detect
 

@@ -20,9 +20,15 @@ def markdown() -> str:
         for verb in VERBS:
             command = cli.get_command(group, verb)
             assert command is not None
-            parts += [f"## {verb}", _help(command, f"edge-rsvlm {verb}")]
+            parts += [f"## {verb}", *_helps(command, f"edge-rsvlm {verb}")]
     parts += ["## Job files", "What `run` takes:", f"```toml\n{_job_example()}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def _helps(command: click.Command, name: str) -> list[str]:
+    """The help of a verb and of the commands below it."""
+    below = command.commands.items() if isinstance(command, click.Group) else ()
+    return [_help(command, name), *(_help(inner, f"{name} {key}") for key, inner in below)]
 
 
 def _help(command: click.Command, name: str) -> str:

@@ -69,15 +69,13 @@ class RegionMerger:
         order = np.lexsort((runs.col_R, runs.row_R, region_R))
         runs, region_R = take(runs, order), region_R[order]
         starts = np.flatnonzero(np.diff(region_R, prepend=-1))
-        ends = np.append(starts[1:], len(runs))
+        last_row = np.append(runs.row_R[starts[1:] - 1], runs.row_R[-1])
+        pixels = np.add.reduceat(runs.length_R, starts)
+        # Runs are in raster order here, so that the sum's rounding does not depend on the bands either.
+        score = np.add.reduceat(runs.probability_R, starts) / pixels
         polygons = _polygons(runs, self._width, region_R)
-        first = np.lexsort((runs.col_R[starts], runs.row_R[starts], runs.row_R[ends - 1]))
-        regions = []
-        for i in first:
-            chosen = slice(starts[i], ends[i])
-            pixels = int(runs.length_R[chosen].sum())
-            mean = float(runs.probability_R[chosen].sum()) / pixels
-            regions.append(Region(polygons[int(region_R[starts[i]])], pixels, mean))
+        first = np.lexsort((runs.col_R[starts], runs.row_R[starts], last_row))
+        regions = [Region(polygons[int(region_R[starts[i]])], int(pixels[i]), float(score[i])) for i in first]
         return regions
 
 

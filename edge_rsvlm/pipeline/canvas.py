@@ -59,5 +59,4 @@ def sample(
     top, bottom, fy = taps(y, probability_hw.shape[0])
     left, right, fx = taps(x, probability_hw.shape[1])
     rows = probability_hw[top] * (1 - fy)[:, None] + probability_hw[bottom] * fy[:, None]
-    found: NDArray[np.float32] = rows[:, left] * (1 - fx) + rows[:, right] * fx
-    return found
+    return (rows[:, left] * (1 - fx) + rows[:, right] * fx).astype(np.float32)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from edge_rsvlm.pipeline.runtime import Pace, Runtime, change_task
 from edge_rsvlm.pipeline.stream import TileBatch, View, paced, tile_batches
 from edge_rsvlm.tasks.encode import encode
 
+STRIP_PIXELS = 1 << 18
 MaskRows = Callable[[int, NDArray[np.uint8]], None]
 """Called with the first row and rows [R, W] of the mask: 0 unchanged, 1 changed, 255 not known."""
 
@@ -41,12 +44,18 @@ class _Results:
         self._level = int(np.ceil(task.threshold * LEVELS))
         self._regions = RegionMerger(width, task.min_area_px)
 
-    def rows(self, first: int, levels_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def rows(self, first: int, levels_HW: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """(first row, mask rows), a few rows at a time: what is computed on them is larger than they are."""
+        step = max(STRIP_PIXELS // levels_HW.shape[1], 1)
+        for start in range(0, len(levels_HW), step):
+            yield first + start, self._strip(first + start, levels_HW[start : start + step])
+
+    def _strip(self, first: int, levels_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
         known = levels_HW != UNKNOWN
         changed = known & (levels_HW >= self._level)
         self._outcome.known_px += int(known.sum())
         self._outcome.changed_px += int(changed.sum())
-        self._release(self._regions.feed(first, changed, levels_HW.astype(np.float32) / LEVELS))
+        self._release(self._regions.feed(first, changed, levels_HW.astype(np.float32) / np.float32(LEVELS)))
         return np.where(known, changed, UNKNOWN).astype(np.uint8)
 
     def finish(self) -> None:
@@ -55,7 +64,7 @@ class _Results:
     def _release(self, regions: list[Region]) -> None:
         for region in regions:
             pieces = region.polygons
-            area = sum((area_m2(rings, self._mapper) or 0.0) for rings in pieces) if self._mapper.located else None
+            area = _total([area_m2(rings, self._mapper) for rings in pieces])
             if area is not None and area < self._task.min_area_m2:
                 continue
             record = {
@@ -71,16 +80,21 @@ PIXELS = PixelMapper(None)
 """Leaves geometry in raster pixels."""
 
 
-def _joined(geometries: list[dict[str, object]]) -> dict[str, object]:
-    """One Polygon, or a MultiPolygon of all parts."""
-    parts: list[object] = []
+def _total(areas: list[float | None]) -> float | None:
+    known = [area for area in areas if area is not None]
+    return sum(known) if len(known) == len(areas) else None
+
+
+def _joined(geometries: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """One Polygon, or a MultiPolygon of all parts; None when no part has a place."""
+    parts: list[Any] = []
     for geometry in geometries:
-        coordinates = geometry["coordinates"]
-        assert isinstance(coordinates, list)
-        parts += coordinates if geometry["type"] == "MultiPolygon" else [coordinates]
+        if geometry is not None:
+            coordinates = geometry["coordinates"]
+            parts += coordinates if geometry["type"] == "MultiPolygon" else [coordinates]
     if len(parts) == 1:
         return {"type": "Polygon", "coordinates": parts[0]}
-    return {"type": "MultiPolygon", "coordinates": parts}
+    return {"type": "MultiPolygon", "coordinates": parts} if parts else None
 
 
 def change(runtime: Runtime, view: View, pace: Pace, emit: Emit, mask_rows: MaskRows | None = None) -> ChangeOutcome:
@@ -90,29 +104,30 @@ def change(runtime: Runtime, view: View, pace: Pace, emit: Emit, mask_rows: Mask
     """
     task, outcome = change_task(runtime.manifest), ChangeOutcome()
     mapper = PixelMapper(view.rasters[1].georeference)
-    outcome.warnings += [mapper.warning] if mapper.warning else []
+    outcome.warnings += [*view.warnings, *([mapper.warning] if mapper.warning else [])]
     canvas = ProbabilityCanvas(*view.size)
     results = _Results(task, mapper, view.size[0], outcome, emit)
 
     def finish_rows(until: float) -> None:
         first, levels_HW = canvas.take(until)
         if len(levels_HW):
-            rows = results.rows(first, levels_HW)
-            if mask_rows:
-                mask_rows(first, rows)
+            for row, rows in results.rows(first, levels_HW):
+                if mask_rows:
+                    mask_rows(row, rows)
 
     batches = tile_batches(
         view, batch=pace.plan.batch, read_pixels=pace.plan.read_pixels, threads=pace.threads, outcome=outcome
     )
-    for tiles in paced(batches, view, outcome, pace.deadline, pace.progress):
-        with outcome.clock("engine"):
-            kept = np.flatnonzero(tiles.valid_fraction_N > 0)
-            probability_Nhw = _compare(runtime, task, tiles, kept) if len(kept) else np.zeros((0, 1, 1), np.float32)
-        with outcome.clock("merge"):
-            for n, probability_hw in zip(kept, probability_Nhw, strict=True):
-                _paint(canvas, tiles, int(n), probability_hw, view, task.stride)
-            # Rows that a later tile may own are below the top of its core, and so below its own top.
-            finish_rows(np.floor(tiles.frontier_row))
+    with closing(paced(batches, view, outcome, pace.deadline, pace.progress)) as source:
+        for tiles in source:
+            with outcome.clock("engine"):
+                kept = np.flatnonzero(tiles.valid_fraction_N > 0)
+                probability_Nhw = _compare(runtime, task, tiles, kept) if len(kept) else np.zeros((0, 1, 1), np.float32)
+            with outcome.clock("merge"):
+                for n, probability_hw in zip(kept, probability_Nhw, strict=True):
+                    _paint(canvas, tiles, int(n), probability_hw, view, task.stride)
+                # Rows that a later tile may own are below the top of its core, and so below its own top.
+                finish_rows(np.floor(tiles.frontier_row))
     with outcome.clock("merge"):
         finish_rows(view.size[1])
         results.finish()

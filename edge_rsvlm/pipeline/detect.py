@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.geo import PixelMapper, box_ring, feature_geometry
-from edge_rsvlm.merge.boxes import BoxMerger
+from edge_rsvlm.merge.boxes import BoxMerger, concatenate, empty_boxes
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.runtime import Pace, Runtime, detect_task
 from edge_rsvlm.pipeline.stream import TileBatch, View, paced, tile_batches
@@ -41,7 +42,7 @@ def detect(runtime: Runtime, view: View, query: DetectQuery, pace: Pace, emit: E
     task, outcome = detect_task(runtime.manifest), Outcome()
     wanted = wanted_classes(query, task.classes)
     mapper = PixelMapper(view.rasters[0].georeference)
-    outcome.warnings += [mapper.warning] if mapper.warning else []
+    outcome.warnings += [*view.warnings, *([mapper.warning] if mapper.warning else [])]
     detector = runtime.detector(query.score_threshold)
     merger = BoxMerger(task.nms_iou)
 
@@ -55,39 +56,38 @@ def detect(runtime: Runtime, view: View, query: DetectQuery, pace: Pace, emit: E
     batches = tile_batches(
         view, batch=pace.plan.batch, read_pixels=pace.plan.read_pixels, threads=pace.threads, outcome=outcome
     )
-    for tiles in paced(batches, view, outcome, pace.deadline, pace.progress):
-        with outcome.clock("engine"):
-            kept = np.flatnonzero(tiles.valid_fraction_N > 0)
-            found = []
-            if len(kept):
-                features = encode(runtime.encoder, tiles.tiles_NCHW[0][kept], task.encoder_outputs)
-                found = detector(features)
-        with outcome.clock("merge"):
-            owned = [_owned(boxes, tiles, int(n), view, wanted) for n, boxes in zip(kept, found, strict=True)]
-            release(merger.feed(_concatenate(owned), tiles.frontier_row))
+    with closing(paced(batches, view, outcome, pace.deadline, pace.progress)) as source:
+        for tiles in source:
+            with outcome.clock("engine"):
+                kept = np.flatnonzero(tiles.valid_fraction_N > 0)
+                found = []
+                if len(kept):
+                    features = encode(runtime.encoder, tiles.tiles_NCHW[0][kept], task.encoder_outputs)
+                    found = detector(features)
+            with outcome.clock("merge"):
+                owned = [
+                    _owned(boxes, tiles, int(n), view, task.stride, wanted)
+                    for n, boxes in zip(kept, found, strict=True)
+                ]
+                release(merger.feed(concatenate([empty_boxes(), *owned]), tiles.frontier_row))
     with outcome.clock("merge"):
         release(merger.flush())
     return outcome
 
 
-def _owned(boxes: Boxes, tiles: TileBatch, n: int, view: View, wanted: set[int]) -> Boxes:
-    """Boxes in raster pixels of the objects whose centre tile ``n`` owns: each object is reported by one tile."""
+def _owned(boxes: Boxes, tiles: TileBatch, n: int, view: View, margin_px: int, wanted: set[int]) -> Boxes:
+    """Boxes in raster pixels of the objects whose centre tile ``n`` owns.
+
+    Two tiles place the centre of one object a little differently, so each takes what lies up to ``margin_px`` tile
+    pixels beyond its core: none is lost on the border, and suppression removes the second.
+    """
     tile, core = tiles.boxes_N4[n], tiles.cores_N4[n]
     scale = (tile[2:] - tile[:2]) / view.spec.tile_px
     limit = np.concatenate([np.maximum(tile[:2], 0), np.minimum(tile[2:], view.size)])
     xyxy = boxes.xyxy_N4 * np.tile(scale, 2) + np.tile(tile[:2], 2)
     xyxy = np.clip(xyxy, np.tile(limit[:2], 2), np.tile(limit[2:], 2))
     centre = (xyxy[:, :2] + xyxy[:, 2:]) / 2
-    keep = ((centre >= core[:2]) & (centre < core[2:])).all(axis=1) & np.isin(boxes.labels_N, sorted(wanted))
+    inside = (centre >= core[:2] - margin_px * scale) & (centre < core[2:] + margin_px * scale)
+    keep = inside.all(axis=1) & np.isin(boxes.labels_N, sorted(wanted))
     keep &= (xyxy[:, 2:] - xyxy[:, :2] > 0).all(axis=1)
     return Boxes(xyxy[keep], boxes.scores_N[keep], boxes.labels_N[keep])
-
-
-def _concatenate(parts: Sequence[Boxes]) -> Boxes:
-    empty = Boxes(np.zeros((0, 4)), np.zeros(0, np.float32), np.zeros(0, np.int64))
-    parts = [empty, *parts]
-    return Boxes(
-        np.concatenate([p.xyxy_N4 for p in parts]),
-        np.concatenate([p.scores_N for p in parts]),
-        np.concatenate([p.labels_N for p in parts]),
-    )

@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-Emit = Callable[[dict[str, Any], dict[str, Any]], None]
-"""Called with the record of one result (as in ``--json``) and its GeoJSON geometry, as soon as it is final."""
+Emit = Callable[[dict[str, Any], dict[str, Any] | None], None]
+"""Called with the record of one result (as in ``--json``) and its GeoJSON geometry, as soon as it is final.
+
+The geometry is None where the result has no place on Earth though its raster has.
+"""
 
 Progress = Callable[[int, int], None]
 """Called with tiles done and tiles in all."""

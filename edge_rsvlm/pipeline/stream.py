@@ -6,13 +6,14 @@ Coordinates: *raster* pixels are those of the file; *read* pixels are those of t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import InputSpec
+from edge_rsvlm.config.manifest import InputSpec, SourceDtype
 from edge_rsvlm.errors import InputError
 from edge_rsvlm.pipeline.outcome import Deadline, Outcome, Progress
 from edge_rsvlm.pipeline.prefetch import prefetch
@@ -22,6 +23,8 @@ from edge_rsvlm.tiles import ABSENT, VALIDITY, GatherResult, tile_gather
 from edge_rsvlm.types import Pixels, Window
 
 BATCHES_AHEAD = 2
+FLOAT_MOST = 2.0
+"""Reflectance exceeds 1 on snow, clouds and glint, and no 8-bit image is as dark as this."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class View:
     decimation: int = 1
     max_extent: bool = False
     """Stretch the whole raster into a single tile."""
+    warnings: tuple[str, ...] = ()
+    """What the user should know of how the raster is looked at."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -69,8 +74,7 @@ class View:
 
     @property
     def read_size(self) -> tuple[int, int]:
-        width, height = self.size
-        return -(-width // self.decimation), -(-height // self.decimation)
+        return self.rasters[0].size_at(self.decimation)
 
     @property
     def to_raster_xy(self) -> NDArray[np.float64]:
@@ -88,6 +92,8 @@ class View:
 
 def tile_batches(view: View, *, batch: int, read_pixels: int, threads: int, outcome: Outcome) -> Iterator[TileBatch]:
     """All tiles of ``view`` in raster order of super-tiles, ``batch`` at most at a time."""
+    with outcome.clock("read"):
+        ranges = [radiometry(view.spec, raster, outcome) for raster in view.rasters]
     grid, to_raster = view.grid(), np.tile(view.to_raster_xy, 2)
     plan = list(super_tiles(grid, view.rasters[0].block_hw, read_pixels))
     order = np.array([i for part in plan for i in part.tiles])
@@ -95,7 +101,9 @@ def tile_batches(view: View, *, batch: int, read_pixels: int, threads: int, outc
     # frontier[k]: the top of the highest tile at position k or later.
     frontier = np.append(np.minimum.accumulate(tops[::-1])[::-1], np.inf) * view.to_raster_xy[1]
     done = 0
+    dates: list[Pixels] = []
     for part in plan:
+        dates.clear()  # two windows at once are more than the plan counts
         with outcome.clock("read"):
             dates = [raster.read(part.window, view.decimation) for raster in view.rasters]
         valid_HW = np.minimum.reduce([pixels.valid_HW for pixels in dates])
@@ -104,8 +112,8 @@ def tile_batches(view: View, *, batch: int, read_pixels: int, threads: int, outc
             cores = np.array([grid.core(i) for i in chosen], np.float64)
             with outcome.clock("tiles"):
                 gathered = [
-                    gather(pixels, raster, view, boxes, threads)
-                    for pixels, raster in zip(dates, view.rasters, strict=True)
+                    gather(pixels, raster, view, boxes, values, threads)
+                    for pixels, raster, values in zip(dates, view.rasters, ranges, strict=True)
                 ]
             done += len(chosen)
             yield TileBatch(
@@ -119,10 +127,17 @@ def tile_batches(view: View, *, batch: int, read_pixels: int, threads: int, outc
             )
 
 
-def gather(pixels: Pixels, raster: Raster, view: View, boxes_N4: NDArray[np.float64], threads: int) -> GatherResult:
-    """Model tiles of ``boxes_N4`` (read pixels) as the input spec defines them."""
-    spec = view.spec
-    gain, bias = normalisation(spec, pixels.data_CHW.dtype)
+def gather(
+    pixels: Pixels,
+    raster: Raster,
+    view: View,
+    boxes_N4: NDArray[np.float64],
+    values: tuple[float, float],
+    threads: int,
+) -> GatherResult:
+    """Model tiles of ``boxes_N4`` (read pixels) as the input spec defines them; ``values`` are its range for them."""
+    spec, (low, high) = view.spec, values
+    gain, bias = 1 / ((high - low) * spec.std), (-low / (high - low) - spec.mean) / spec.std
     bands = source_bands(spec, raster)
     return tile_gather(
         pixels.data_CHW,
@@ -139,51 +154,70 @@ def gather(pixels: Pixels, raster: Raster, view: View, boxes_N4: NDArray[np.floa
     )
 
 
-def normalisation(spec: InputSpec, dtype: np.dtype[np.generic]) -> tuple[float, float]:
-    """(gain, bias) from source values to model values; InputError for a dtype the model has no range for."""
-    for name, (low, high) in spec.ranges.items():
-        if dtype == name:
-            return 1 / ((high - low) * spec.std), (-low / (high - low) - spec.mean) / spec.std
-    known = ", ".join(spec.ranges)
+def radiometry(spec: InputSpec, raster: Raster, outcome: Outcome) -> tuple[float, float]:
+    """The values (dark, bright) of the input spec that this raster's pixels are scaled by; one choice per raster.
+
+    8 and 16 bits unsigned have a range of their own. Signed and wider integers are taken as counts of reflectance, as
+    16 bits are. Floating point is taken for what a sample of it looks like: reflectance, 8-bit values or counts. What
+    was assumed, and values far outside of it, are said in the outcome's warnings.
+    """
+    if raster.dtype == np.uint8:
+        return _range(spec, "uint8", raster)
+    sample = raster.sample()
+    bright = float(np.quantile(sample, 0.98)) if len(sample) else 0.0
+    kind: SourceDtype = "uint16"
+    if raster.dtype == np.float32 and (raster.scaled or raster.source_dtype.kind in "fc"):
+        kind = "float32" if bright <= FLOAT_MOST else "uint8" if bright <= 255 else "uint16"
+    low, high = _range(spec, kind, raster)
+    # Clouds and snow lie beyond the range; an image that does altogether is one white sheet to the model.
+    if len(sample) and float(np.median(sample)) > high:
+        outcome.warnings.append(
+            f"most pixels exceed {high:g}, which is the brightest that the model knows in such data: "
+            f"scale them (gdal_translate -ot Byte -scale 0 {bright:g} 0 255)"
+        )
+    elif kind != raster.dtype:
+        outcome.warnings.append(f"its {raster.source_dtype} pixels are taken to run from {low:g} to {high:g}")
+    return low, high
+
+
+def _range(spec: InputSpec, kind: SourceDtype, raster: Raster) -> tuple[float, float]:
+    if kind in spec.ranges:
+        return spec.ranges[kind]
     raise InputError(
-        f"pixels are {dtype} and the model takes {known}", fix="convert with gdal_translate -ot Byte -scale"
+        f"{raster.name}: pixels are {raster.source_dtype} and the model takes {', '.join(spec.ranges)}",
+        fix="convert it: gdal_translate -ot Byte -scale INPUT OUTPUT.tif",
     )
 
 
 def source_bands(spec: InputSpec, raster: Raster) -> list[int]:
     """The source band of each model channel; a single gray band stands for red, green and blue."""
-    roles = list(raster.band_roles)
+    roles = {role: i for i, role in enumerate(raster.band_roles)}
     if "red" not in roles and "gray" in roles:
-        roles = ["gray" if role == "gray" else role for role in roles]
-        position = roles.index("gray")
-        lookup = dict.fromkeys(("red", "green", "blue"), position)
-    else:
-        lookup = {role: i for i, role in enumerate(roles)}
-    if not {"red", "green", "blue"} & lookup.keys():
-        raise InputError(
-            f"{raster.name}: none of its {len(roles)} bands is red, green, blue or gray",
-            fix="name them: gdal_edit.py -colorinterp_1 red -colorinterp_2 green -colorinterp_3 blue FILE",
-        )
-    return [VALIDITY if role == "validity" else lookup.get(role, ABSENT) for role in spec.bands]
+        roles |= dict.fromkeys(("red", "green", "blue"), roles["gray"])
+    return [VALIDITY if role == "validity" else roles.get(role, ABSENT) for role in spec.bands]
 
 
 def paced(
     batches: Iterator[TileBatch], view: View, outcome: Outcome, deadline: Deadline, progress: Progress | None
-) -> Iterator[TileBatch]:
-    """Batches made ahead of the consumer until the deadline, with the accounts of what was and was not processed."""
+) -> Generator[TileBatch, None, None]:
+    """Batches made ahead of the consumer until the deadline, with the accounts of what was and was not processed.
+
+    Close it before the rasters: its thread reads from them.
+    """
     total, done = len(view.grid()), 0
     remaining_px = float(view.size[0]) * view.size[1]
     source = prefetch(batches, BATCHES_AHEAD)
-    slowest = 0.0
+    # The first batch opens the model as well: what a batch takes is seen from the last two.
+    recent_s: deque[float] = deque(maxlen=2)
     try:
         for tiles in source:
-            if not deadline.allows(slowest):
+            if not deadline.allows(max(recent_s, default=0.0)):
                 outcome.unread_px += remaining_px
                 outcome.skipped_tiles["deadline"] += total - done
                 return
             begun = time.monotonic()
             yield tiles
-            slowest = max(slowest, time.monotonic() - begun)
+            recent_s.append(time.monotonic() - begun)
             size = tiles.cores_N4[:, 2:] - tiles.cores_N4[:, :2]
             remaining_px -= float((size[:, 0] * size[:, 1]).sum())
             outcome.processed_px += tiles.valid_core_px
@@ -194,7 +228,7 @@ def paced(
             if progress:
                 progress(done, total)
     finally:
-        source.close()  # type: ignore[attr-defined]
+        source.close()
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from edge_rsvlm.budget import Demand
 from edge_rsvlm.config.manifest import CaptionTask, ChangeTask, DetectTask, InputSpec
 from edge_rsvlm.geo import PixelMapper, metres_per_pixel
@@ -9,6 +11,9 @@ from edge_rsvlm.pipeline.stream import View
 from edge_rsvlm.raster.plan import choose_scale
 from edge_rsvlm.raster.reader import Raster
 
+BLOCKS_OPEN = 2
+"""Decoded blocks that GDAL holds beside its cache: the one being decoded, in the file's layout and in ours."""
+MUCH_COARSER = 4
 WHOLE_IMAGE_TILES = 2
 """Without a CRS a caption describes the whole image when its long side is at most this many tiles."""
 
@@ -18,9 +23,25 @@ def scene_view(rasters: tuple[Raster, ...], spec: InputSpec, resolution_m: float
     reference = rasters[0]
     located = PixelMapper(reference.georeference).located
     metres = metres_per_pixel(reference.georeference) if located else None
-    overviews = [d for d in reference.overviews if all(d in raster.overviews for raster in rasters)]
+    overviews = [d for d in reference.overviews if _same_overview(rasters, d)]
     scale_x, scale_y, decimation = choose_scale(metres, spec.resolution_m, resolution_m, overviews)
-    return View(rasters, spec, (scale_x, scale_y), decimation)
+    warnings = []
+    if metres is None and resolution_m:
+        warnings.append("its ground resolution is unknown: tiles are native pixels, and --resolution has no effect")
+    if metres is not None and min(metres) > MUCH_COARSER * spec.resolution_m[1]:
+        warnings.append(
+            f"its pixels are {max(metres):.3g} m and the model was made for {spec.resolution_m[1]:g} m at most: "
+            "do not expect much"
+        )
+    return View(rasters, spec, (scale_x, scale_y), decimation, warnings=tuple(warnings))
+
+
+def _same_overview(rasters: tuple[Raster, ...], decimation: int) -> bool:
+    """Whether all rasters have this overview, of one size."""
+    return (
+        all(decimation in raster.overviews for raster in rasters)
+        and len({raster.size_at(decimation) for raster in rasters}) == 1
+    )
 
 
 def caption_view(raster: Raster, spec: InputSpec, resolution_m: float | None) -> View:
@@ -42,8 +63,9 @@ def demand(task: DetectTask | ChangeTask | CaptionTask, view: View) -> Demand:
         task.memory,
         # One validity byte per pixel travels with the bands.
         bytes_per_pixel=len(raster.band_roles) * raster.dtype.itemsize + 1,
-        scale_xy=view.scale_xy,
+        scale_xy=view.grid().scale_xy,
         width=view.size[0],
-        decoded_bytes=sum(0 if r.windowed else r.decoded_bytes for r in view.rasters),
+        resident_bytes=sum(BLOCKS_OPEN * r.block_bytes if r.windowed else r.decoded_bytes for r in view.rasters),
+        canvas_rows=math.ceil(2 * view.spec.tile_px * view.scale_xy[1]),
         dates=len(view.rasters),
     )

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 from affine import Affine
 from rasterio.crs import CRS
-from rasterio.enums import Resampling
+from rasterio.enums import ColorInterp, Resampling
 from rasterio.transform import from_gcps
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 
 from edge_rsvlm.errors import InputError
-from edge_rsvlm.raster.reader import Raster, describe, foreign_errors, open_raster
+from edge_rsvlm.geo import apply
+from edge_rsvlm.raster.reader import Raster, foreign_errors, open_raster
 from edge_rsvlm.types import Georeference
 
 SAME_GRID_PX = 0.01
@@ -43,10 +45,21 @@ def open_aligned(before: str, after: Raster) -> Iterator[Raster]:
                 f"{before} and {after.name} cannot be aligned: coordinates or size differ",
                 fix="give both a CRS, or cut both to the same pixels",
             )
-        with foreign_errors(before), WarpedVRT(raster.dataset, **_grid(target)) as warped:
-            _check_overlap(before, warped, raster, after)
-            aligned = describe(before, warped)
-            aligned.georeference = target
+        with ExitStack() as stack:
+            with foreign_errors(before):
+                warped = stack.enter_context(_warped(raster, after, 1))
+                _check_overlap(before, warped, raster, after)
+            aligned = dataclasses.replace(
+                raster,
+                dataset=warped,
+                georeference=target,
+                overviews=after.overviews,
+                open_overview=lambda decimation: _warped(raster, after, decimation),
+                _alpha=None,  # the mask of a warped dataset is its alpha
+                _opened={},
+                _whole=None,
+            )
+            stack.callback(aligned.close)
             yield aligned
 
 
@@ -60,23 +73,27 @@ def _same_grid(a: Georeference, b: Georeference) -> bool:
     if CRS.from_wkt(a.crs_wkt) != CRS.from_wkt(b.crs_wkt):
         return False
     corners = np.array([(0, 0), (a.width, 0), (0, a.height), (a.width, a.height)], np.float64)
-    back = ~b.transform @ a.transform
-    moved = np.array([back @ tuple(c) for c in corners])
+    moved = apply(~b.transform, apply(a.transform, corners))
     return bool(np.abs(moved - corners).max() < SAME_GRID_PX)
 
 
-def _grid(target: Georeference) -> dict[str, Any]:
-    """WarpedVRT options of a grid; ground control points are fitted by an affine transform."""
+def _warped(raster: Raster, after: Raster, decimation: int) -> WarpedVRT:
+    """BEFORE on the grid of AFTER or of one of its overviews; control points are fitted by an affine transform."""
+    target = after.georeference
     assert target.crs_wkt is not None
-    transform = target.transform if target.transform is not None else _fitted(target)
-    return {
+    a, b, c, d, e, f = (target.transform if target.transform is not None else _fitted(target))[:6]
+    width, height = after.size_at(decimation)
+    x, y = target.width / width, target.height / height
+    options: dict[str, Any] = {
         "crs": CRS.from_wkt(target.crs_wkt),
-        "transform": transform,
-        "width": target.width,
-        "height": target.height,
-        "resampling": Resampling.bilinear,
-        "add_alpha": True,
+        "transform": Affine(a * x, b * y, c, d * x, e * y, f),
+        "width": width,
+        "height": height,
+        # Between the indices of a palette there are no colours.
+        "resampling": Resampling.nearest if raster.indexed else Resampling.bilinear,
+        "add_alpha": ColorInterp.alpha not in raster.dataset.colorinterp,
     }
+    return WarpedVRT(raster.dataset, **options)
 
 
 def _fitted(target: Georeference) -> Affine:

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_rsvlm.errors import InputError
-
 SUFFIXES = frozenset({".tif", ".tiff", ".jp2", ".j2k", ".png", ".jpg", ".jpeg", ".webp", ".vrt"})
 
 
@@ -24,8 +22,8 @@ class Source:
 def list_inputs(arguments: Sequence[str]) -> list[Source]:
     """Images in the order given; folders and globs sorted by name, archives in their own order.
 
-    A file named outright is listed even when it does not exist: opening it will say so, and the others go on. Raises
-    InputError for a folder, glob or archive that yields no image.
+    What yields no image (a missing file, an empty folder or glob, a broken archive) is listed as it is: opening it will
+    say so, and the others go on.
     """
     return [source for argument in arguments for source in _expand(argument)]
 
@@ -44,21 +42,20 @@ def _expand(argument: str) -> Iterator[Source]:
 
 def _images(paths: Sequence[Path], argument: str) -> Iterator[Source]:
     images = [p for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()]
-    if not images:
-        raise InputError(f"{argument}: no image in it", fix=f"supported are {', '.join(sorted(SUFFIXES))}")
     for path in images:
         yield Source(str(path), str(path))
+    if not images:
+        yield Source(argument, argument)
 
 
 def _members(path: Path) -> Iterator[Source]:
+    """Members by their place in the archive: GDAL's own tar reader does not know names beyond ASCII."""
     try:
-        with tarfile.open(path) as tar:
-            names = [m.name for m in tar if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES]
-    except (OSError, tarfile.TarError) as exc:
-        raise InputError(
-            f"{path}: cannot read the archive ({exc})", fix="make it again, or unpack what is left"
-        ) from exc
-    if not names:
-        raise InputError(f"{path}: no image in the archive", fix=f"supported are {', '.join(sorted(SUFFIXES))}")
-    for name in names:
-        yield Source(name, f"/vsitar/{path.resolve()}/{name}")
+        with tarfile.open(path, "r:") as tar:
+            members = [m for m in tar if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES]
+    except (OSError, tarfile.TarError):
+        members = []
+    for member in members:
+        yield Source(member.name, f"/vsisubfile/{member.offset_data}_{member.size},{path.resolve()}")
+    if not members:
+        yield Source(str(path), str(path))

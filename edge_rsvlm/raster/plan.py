@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from edge_rsvlm.types import Window
 
 Box = tuple[float, float, float, float]
+MOST_MAGNIFIED = 2
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,11 @@ class TileGrid:
     tile_px: int
     overlap_px: int
 
-    def _starts(self, axis: int) -> list[float]:
+    @cached_property
+    def _starts(self) -> tuple[list[float], list[float]]:
+        return self._axis_starts(0), self._axis_starts(1)
+
+    def _axis_starts(self, axis: int) -> list[float]:
         size = (self.width, self.height)[axis]
         side = self.tile_px * self.scale_xy[axis]
         stride = (self.tile_px - self.overlap_px) * self.scale_xy[axis]
@@ -40,7 +46,7 @@ class TileGrid:
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of tiles."""
-        return len(self._starts(1)), len(self._starts(0))
+        return len(self._starts[1]), len(self._starts[0])
 
     def __len__(self) -> int:
         rows, columns = self.shape
@@ -49,7 +55,7 @@ class TileGrid:
     def box(self, i: int) -> Box:
         """What tile ``i`` sees: x0, y0, x1, y1."""
         row, column = divmod(i, self.shape[1])
-        x, y = self._starts(0)[column], self._starts(1)[row]
+        x, y = self._starts[0][column], self._starts[1][row]
         return x, y, x + self.tile_px * self.scale_xy[0], y + self.tile_px * self.scale_xy[1]
 
     def core(self, i: int) -> Box:
@@ -60,7 +66,7 @@ class TileGrid:
         return x0, y0, x1, y1
 
     def _core(self, axis: int, k: int) -> tuple[float, float]:
-        starts, size = self._starts(axis), float((self.width, self.height)[axis])
+        starts, size = self._starts[axis], float((self.width, self.height)[axis])
         side = self.tile_px * self.scale_xy[axis]
         low = 0.0 if k == 0 else (starts[k] + starts[k - 1] + side) / 2
         high = size if k == len(starts) - 1 else (starts[k + 1] + starts[k] + side) / 2
@@ -142,10 +148,12 @@ def choose_scale(
     Tile pixels are square on the ground. Their size is the raster's own (the geometric mean of its axes) where the task
     was trained for it, else the nearer end of the task's range, else ``override_m``. The decimation is the coarsest
     overview that is still at least as fine as the tile. Where the ground size is unknown tiles are native pixels.
+    A raster far coarser than the range is magnified MOST_MAGNIFIED times at most: there is no more to see in it.
     """
     if metres_xy is None:
         return 1.0, 1.0, 1
-    target = override_m or min(max(math.sqrt(metres_xy[0] * metres_xy[1]), range_m[0]), range_m[1])
+    own = math.sqrt(metres_xy[0] * metres_xy[1])
+    target = override_m or max(min(max(own, range_m[0]), range_m[1]), own / MOST_MAGNIFIED)
     # Within half a percent tiles are native pixels: resampling would only blur.
     scales = [1.0 if abs(target / m - 1) < 0.005 else target / m for m in metres_xy]
     decimation = max([d for d in overviews if d <= min(scales)], default=1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import logging
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 import rasterio
 from affine import Affine
 from numpy.typing import NDArray
-from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
 
@@ -24,11 +26,14 @@ from edge_rsvlm.types import Georeference, GroundControlPoint, Pixels, Window
 
 CACHE_BYTES = 32 << 20
 """GDAL's block cache; the memory plan counts it."""
-WHOLE_IMAGE_BYTES = 8 << 20
-"""A single-block raster up to this decoded size is as good as windowed."""
+BLOCK_BYTES = 8 << 20
+"""Rasters whose blocks decode to more are held whole: windows would decode each block again and again."""
 WHOLE_IMAGE_DRIVERS = frozenset({"PNG", "JPEG", "WEBP", "GIF", "BMP"})
 SUPPORTED = "GeoTIFF, COG, JPEG 2000, PNG, JPEG and WebP are supported"
 SENTINEL_2_ROLES = {"B02": "blue", "B03": "green", "B04": "red", "B08": "nir", "B8A": "nir"}
+NIR_NAMES = ("nir", "near infrared", "near-infrared")
+USUAL_ORDERS = {1: ("gray",), 2: ("gray", "unknown"), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "nir")}
+SAMPLE_PX = 64
 ROLES = {
     ColorInterp.red: "red",
     ColorInterp.green: "green",
@@ -44,9 +49,7 @@ logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # failures come back a
 def foreign_errors(name: str) -> Iterator[None]:
     """Failures of GDAL as one InputError that names the input."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            yield
+        yield
     except (RasterioError, OSError, ValueError, MemoryError) as exc:
         reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise InputError(f"{name}: cannot be read ({reason})", fix=_advice(name)) from exc
@@ -60,6 +63,10 @@ def _advice(name: str) -> str:
     path = Path(name)
     if name.startswith("/vsi"):
         return "check that the archive is whole"
+    if glob.has_magic(name) and not path.exists():
+        return f"nothing has such a name; {SUPPORTED}"
+    if path.suffix.lower() == ".tar" and path.is_file():
+        return f"check that the archive is whole and holds images; {SUPPORTED}"
     if not path.exists():
         return "check the path"
     if path.is_file() and path.stat().st_size == 0:
@@ -69,16 +76,25 @@ def _advice(name: str) -> str:
 
 @dataclass
 class Raster:
-    """An open raster. Use ``open_raster``; not for several threads at once."""
+    """An open raster. Use ``open_raster``; not for several threads at once.
+
+    ``open_overview`` opens the dataset at one of ``overviews``, its factors of decimation. Only bands that have a role
+    are read, and ``band_roles`` are theirs.
+    """
 
     name: str
     dataset: Any
     georeference: Georeference
     dtype: np.dtype[Any]
+    source_dtype: np.dtype[Any]
     band_roles: tuple[str, ...]
+    overviews: tuple[int, ...]
+    open_overview: Callable[[int], Any]
     _bands: tuple[int, ...]
+    _alpha: int | None = None
     _palette: NDArray[np.uint8] | None = None
     _scaling: tuple[tuple[float, float], ...] | None = None
+    _opened: dict[int, Any] = field(default_factory=dict, repr=False)
     _whole: tuple[NDArray[Any], NDArray[np.uint8]] | None = field(default=None, repr=False)
 
     @property
@@ -87,61 +103,96 @@ class Raster:
         return int(height), int(width)
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of all bands when decoded."""
+        block_h, block_w = self.block_hw
+        itemsize = max(np.dtype(dtype).itemsize for dtype in self.dataset.dtypes)
+        return int(block_h * block_w * self.dataset.count * itemsize)
+
+    @property
     def windowed(self) -> bool:
         """Whether a window can be read without decoding the whole image."""
-        block_h, block_w = self.block_hw
-        one_block = block_h >= self.georeference.height and block_w >= self.georeference.width
-        large = self.decoded_bytes > WHOLE_IMAGE_BYTES
-        return self.dataset.driver not in WHOLE_IMAGE_DRIVERS and not (one_block and large)
+        return self.dataset.driver not in WHOLE_IMAGE_DRIVERS and self.block_bytes <= BLOCK_BYTES
+
+    @property
+    def indexed(self) -> bool:
+        """Whether pixels are indices of a palette."""
+        return self._palette is not None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the file's own scale and offset make its values."""
+        return self._scaling is not None
 
     @property
     def decoded_bytes(self) -> int:
-        """Bytes of all bands and the mask when decoded whole."""
+        """Bytes of the bands that are read, and of the mask, when decoded whole."""
         per_pixel = len(self.band_roles) * self.dtype.itemsize + 1
         return self.georeference.width * self.georeference.height * per_pixel
 
-    @property
-    def overviews(self) -> tuple[int, ...]:
-        """Decimation factors that can be read cheaply."""
-        return tuple(int(d) for d in self.dataset.overviews(1))
+    def level(self, decimation: int) -> Any:
+        """The dataset of an overview, or of the raster itself for 1."""
+        if decimation == 1:
+            return self.dataset
+        if decimation not in self._opened:
+            with foreign_errors(self.name):
+                self._opened[decimation] = self.open_overview(decimation)
+        return self._opened[decimation]
+
+    def size_at(self, decimation: int) -> tuple[int, int]:
+        """(width, height) in pixels of an overview."""
+        level = self.level(decimation)
+        return int(level.width), int(level.height)
+
+    def close(self) -> None:
+        for dataset in self._opened.values():
+            dataset.close()
+        self._opened.clear()
 
     def read(self, window: Window, decimation: int = 1) -> Pixels:
-        """Bands and validity of ``window``, which counts pixels of the raster decimated by ``decimation``."""
-        if not self.windowed:
-            data_CHW, valid_HW = self._decoded()
-            rows = slice(window.row, window.row + window.height)
-            columns = slice(window.col, window.col + window.width)
-            return Pixels(data_CHW[:, rows, columns], valid_HW[rows, columns], window, self.georeference)
-        data_CHW, valid_HW = self._read(window, decimation)
-        return Pixels(data_CHW, valid_HW, window, self.georeference)
+        """Bands and validity of ``window``, which counts pixels of the overview that ``decimation`` names."""
+        if self.windowed:
+            data_CHW, valid_HW = self._read(self.level(decimation), window)
+            return Pixels(data_CHW, valid_HW, window, self.georeference)
+        data_CHW, valid_HW = self._decoded()
+        rows = slice(window.row, window.row + window.height)
+        columns = slice(window.col, window.col + window.width)
+        return Pixels(data_CHW[:, rows, columns], valid_HW[rows, columns], window, self.georeference)
+
+    def sample(self) -> NDArray[np.float32]:
+        """Valid values of all bands in a few small windows that are spread over the raster."""
+        found = []
+        width, height = self.georeference.width, self.georeference.height
+        for fy, fx in itertools.product((1, 3, 5), (1, 3, 5)):
+            col, row = max(fx * width // 6 - SAMPLE_PX // 2, 0), max(fy * height // 6 - SAMPLE_PX // 2, 0)
+            window = Window(col, row, min(SAMPLE_PX, width - col), min(SAMPLE_PX, height - row))
+            pixels = self.read(window)
+            found.append(pixels.data_CHW[:, pixels.valid_HW > 0].astype(np.float32).ravel())
+        return np.concatenate(found)
 
     def _decoded(self) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         if self._whole is None:
-            self._whole = self._read(Window(0, 0, self.georeference.width, self.georeference.height), 1)
+            everything = Window(0, 0, self.georeference.width, self.georeference.height)
+            self._whole = self._read(self.dataset, everything)
         return self._whole
 
-    def _read(self, window: Window, decimation: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-        width, height = self.georeference.width, self.georeference.height
-        step_x = width / math.ceil(width / decimation)
-        step_y = height / math.ceil(height / decimation)
-        source = RasterioWindow(window.col * step_x, window.row * step_y, window.width * step_x, window.height * step_y)
-        shape = (window.height, window.width)
-        options = {"window": source, "resampling": Resampling.average if decimation > 1 else Resampling.nearest}
+    def _read(self, level: Any, window: Window) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+        part = RasterioWindow(window.col, window.row, window.width, window.height)
         with foreign_errors(self.name):
-            raw_CHW = self.dataset.read(self._bands, out_shape=(len(self._bands), *shape), **options)
-            valid_HW = self._validity(raw_CHW, options, shape)
+            raw_CHW = level.read(self._bands, window=part)
+            valid_HW = self._validity(level, raw_CHW, part)
         return self._values(raw_CHW), valid_HW
 
-    def _validity(self, raw_CHW: NDArray[Any], options: dict[str, Any], shape: tuple[int, int]) -> NDArray[np.uint8]:
-        """1 where a pixel is valid: by mask or alpha, unless all bands are nodata, and never where a band is not a number."""
-        flags = self.dataset.mask_flag_enums[self._bands[0] - 1]
-        if MaskFlags.all_valid in flags:
-            valid = np.ones(shape, bool)
-        elif MaskFlags.nodata in flags:
-            valid = ~_equals(raw_CHW, self.dataset.nodata).all(axis=0)
-        else:
-            masks = {"window": options["window"], "out_shape": shape}
-            valid = self.dataset.read_masks(self._bands[0], **masks) > 127
+    def _validity(self, level: Any, raw_CHW: NDArray[Any], part: RasterioWindow) -> NDArray[np.uint8]:
+        """1 where a pixel is valid: by nodata of all bands, by mask, by alpha, and where every band is a number."""
+        flags = level.mask_flag_enums[self._bands[0] - 1]
+        valid: NDArray[np.bool_] = np.ones(raw_CHW.shape[1:], bool)
+        if MaskFlags.nodata in flags:
+            valid &= ~_equals(raw_CHW, level.nodata).all(axis=0)
+        elif MaskFlags.all_valid not in flags:
+            valid &= level.read_masks(self._bands[0], window=part) > 127
+        if self._alpha is not None and MaskFlags.alpha not in flags:
+            valid &= level.read(self._alpha, window=part) > 0
         if np.issubdtype(raw_CHW.dtype, np.inexact):
             valid &= np.isfinite(raw_CHW).all(axis=0)
         return valid.astype(np.uint8)
@@ -150,7 +201,7 @@ class Raster:
         """Palette indices as colours; other types than 8 and 16 bits unsigned as float32; scale and offset applied."""
         if self._palette is not None:
             return np.ascontiguousarray(np.moveaxis(self._palette[raw_CHW[0]], -1, 0))
-        if self._scaling is None and raw_CHW.dtype == self.dtype:
+        if self._scaling is None and raw_CHW.dtype == self.dtype and self.dtype.kind == "u":
             return raw_CHW
         values = np.abs(raw_CHW) if np.iscomplexobj(raw_CHW) else raw_CHW
         values = np.nan_to_num(values.astype(np.float32), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
@@ -171,36 +222,53 @@ def _equals(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]:
 def open_raster(path: str, name: str | None = None) -> Iterator[Raster]:
     """Open ``path`` for reading by window; InputError when that cannot be done."""
     name = path if name is None else name
-    with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_PAM_ENABLED="NO"):
+    # Sidecars (masks, overviews, world files) are looked for by name; a folder of many files is not listed for them.
+    with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_DISABLE_READDIR_ON_OPEN="TRUE"):
         if Path(path).is_dir():
-            raise InputError(f"{name}: is a folder without images", fix="name image files")
-        with foreign_errors(name):
-            dataset = rasterio.open(path)
-        try:
-            yield describe(name, dataset)
-        finally:
-            dataset.close()
+            raise InputError(f"{name}: is a folder without images", fix=f"name image files; {SUPPORTED}")
+        with ExitStack() as stack:
+            with foreign_errors(name), warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                dataset = stack.enter_context(rasterio.open(path))
+                levels = tuple(int(d) for d in dataset.overviews(1)) if dataset.count else ()
+                raster = describe(name, dataset, levels, lambda d: _open_overview(path, levels.index(d)))
+            stack.callback(raster.close)
+            yield raster
 
 
-def describe(name: str, dataset: Any) -> Raster:
+def _open_overview(path: str, index: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(path, overview_level=index)
+
+
+def describe(name: str, dataset: Any, overviews: tuple[int, ...], open_overview: Callable[[int], Any]) -> Raster:
     """The facts of an open dataset."""
     if dataset.count == 0 or dataset.width == 0 or dataset.height == 0:
         raise InputError(f"{name}: holds no bands (its subdatasets may)", fix="name one: gdalinfo lists them")
     roles = band_roles(dataset)
-    bands = tuple(i + 1 for i, role in enumerate(roles) if role != "alpha")
+    bands = tuple(i + 1 for i, role in enumerate(roles) if role not in ("alpha", "unknown"))
     if not bands:
-        raise InputError(f"{name}: has only an alpha band", fix="name an image with colour or gray bands")
+        raise InputError(
+            f"{name}: none of its {len(roles)} bands is red, green, blue or gray",
+            fix="name them: gdal_edit.py -colorinterp_1 red -colorinterp_2 green -colorinterp_3 blue FILE",
+        )
+    source_dtype = np.dtype(dataset.dtypes[bands[0] - 1])
     palette = _palette(dataset)
-    scaled = any(s != 1 for s in dataset.scales) or any(o != 0 for o in dataset.offsets)
-    dtype = np.dtype(dataset.dtypes[0])
+    scaled = any(dataset.scales[b - 1] != 1 or dataset.offsets[b - 1] != 0 for b in bands)
+    mixed = len({dataset.dtypes[b - 1] for b in bands}) > 1
+    dtype = source_dtype if source_dtype in (np.uint8, np.uint16) and not (scaled or mixed) else np.dtype(np.float32)
+    read_roles = tuple(roles[b - 1] for b in bands)
     if palette is not None:
-        dtype, roles, bands = np.dtype(np.uint8), ("red", "green", "blue"), (1,)
-    elif scaled or dtype not in (np.uint8, np.uint16) or len(set(dataset.dtypes)) > 1:
-        dtype = np.dtype(np.float32)
-    scaling = tuple((dataset.scales[b - 1], dataset.offsets[b - 1]) for b in bands) if scaled else None
-    return Raster(
-        name, dataset, georeference(dataset), dtype, tuple(r for r in roles if r != "alpha"), bands, palette, scaling
-    )
+        dtype, read_roles, bands, scaled = np.dtype(np.uint8), ("red", "green", "blue"), (1,), False
+    raster = Raster(
+        name, dataset, georeference(dataset), dtype, source_dtype, read_roles, (), open_overview, bands,
+        _alpha=roles.index("alpha") + 1 if "alpha" in roles else None,
+        _palette=palette,
+        _scaling=tuple((dataset.scales[b - 1], dataset.offsets[b - 1]) for b in bands) if scaled else None,
+    )  # fmt: skip
+    raster.overviews = overviews if raster.windowed else ()
+    return raster
 
 
 def georeference(dataset: Any) -> Georeference:
@@ -216,23 +284,32 @@ def georeference(dataset: Any) -> Georeference:
 
 
 def band_roles(dataset: Any) -> tuple[str, ...]:
-    """What each band shows: Sentinel-2 names in the descriptions, then colour interpretation, then the usual orders."""
-    named = [SENTINEL_2_ROLES.get((d or "").strip().upper()[:3]) for d in dataset.descriptions]
-    if "red" in named:
-        return tuple(role or "unknown" for role in named)
+    """What each band shows: Sentinel-2 names in the descriptions, then colour interpretation, then the usual orders.
+
+    A role is given once, to the first band that may have it; other bands are "unknown".
+    """
+    described = [(d or "").strip() for d in dataset.descriptions]
+    named = [SENTINEL_2_ROLES.get(d.upper()[:3], "unknown") for d in described]
+    return _first_of_each(named if "red" in named else _usual_roles(dataset, described))
+
+
+def _usual_roles(dataset: Any, described: list[str]) -> list[str]:
     roles = [ROLES.get(c, "unknown") for c in dataset.colorinterp]
-    described = [(d or "").strip().lower() for d in dataset.descriptions]
-    roles = [
-        "nir" if d in ("nir", "near infrared", "near-infrared") else r for r, d in zip(roles, described, strict=True)
-    ]
+    roles = ["nir" if d.lower() in NIR_NAMES else role for role, d in zip(roles, described, strict=True)]
     optical = [i for i, role in enumerate(roles) if role != "alpha"]
-    if "red" not in roles:
-        usual = {1: ("gray",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "nir")}.get(len(optical))
-        for i, role in zip(optical, usual or (), strict=False):
+    if "red" not in roles and len(optical) in USUAL_ORDERS:
+        for i, role in zip(optical, USUAL_ORDERS[len(optical)], strict=True):
             roles[i] = role
-    elif roles.count("unknown") == 1 and "nir" not in roles and len(optical) == 4:
+    elif "red" not in roles:
+        # Which of many unnamed bands is visible light is not for us to guess.
+        roles = ["unknown" if role == "gray" else role for role in roles]
+    elif len(optical) == 4 and roles.count("unknown") == 1 and "nir" not in roles:
         roles[roles.index("unknown")] = "nir"
-    return tuple(roles)
+    return roles
+
+
+def _first_of_each(roles: list[str]) -> tuple[str, ...]:
+    return tuple("unknown" if role in roles[:i] else role for i, role in enumerate(roles))
 
 
 def _palette(dataset: Any) -> NDArray[np.uint8] | None:

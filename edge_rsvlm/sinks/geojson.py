@@ -35,7 +35,7 @@ class GeoJsonWriter:
             self._stack = stack.pop_all()
         return self
 
-    def write(self, geometry: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
+    def write(self, geometry: Mapping[str, Any] | None, properties: Mapping[str, Any]) -> None:
         feature = {"type": "Feature", "geometry": geometry, "properties": {**self._properties, **properties}}
         with writing(self._path):
             self._file.write(self._separator + dumps(feature))

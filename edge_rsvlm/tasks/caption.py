@@ -91,7 +91,8 @@ class Captioner:
         inputs = {"embeds": embeds_NTD, "past_keys": keys, "past_values": values}
         logits, keys, values = self._sessions.decoder.run(inputs, ["logits", "keys", "values"])
         shifted = logits - logits.max(axis=1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), keys, values
+        log_NV: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        return log_NV, keys, values
 
 
 def _only_eos_after_end(log_NBV: NDArray[np.float32], done_NB: NDArray[np.bool_], eos_id: int) -> NDArray[np.float32]:

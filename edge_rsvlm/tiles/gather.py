@@ -66,7 +66,7 @@ def tile_gather(
     height, width = source.shape[:2] if layout == "HWC" else source.shape[1:]
     raster_size = raster_size or (origin[0] + width, origin[1] + height)
     valid_HW = _validity(source, bands, layout, valid, nodata)
-    bands_C, gain_C, bias_C = np.int32(bands), np.float32(gain), np.float32(bias)
+    bands_C, gain_C, bias_C = np.asarray(bands, np.int32), np.asarray(gain, np.float32), np.asarray(bias, np.float32)
     result = GatherResult(
         np.empty((len(boxes_N4), len(bands_C), *out_hw), dtype),
         np.empty(len(boxes_N4), np.float32),

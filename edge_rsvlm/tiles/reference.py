@@ -28,7 +28,8 @@ def axis_weights(start: float, end: float, out: int, origin: int, size: int, ras
     weights[:, (source < 0) | (source >= raster_size)] = 0.0
     weights[(centre < 0) | (centre >= raster_size)] = 0.0
     total = weights.sum(axis=1, keepdims=True)
-    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    normalised: NDArray[np.float64] = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    return normalised
 
 
 def gather_tile(

@@ -5,6 +5,7 @@ Shapes: tiles [5,h,w]; mask [h/2,w/2] f32 in 0..1 (share of changed pixels) with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
+import torch
 from PIL import Image
 
 from edge_rsvlm.export.data.views import (
@@ -153,6 +155,12 @@ class ChangeData:
         radiometry = jitter(rng, 0.10, 0.06, 0.02) if rng.random() < 0.8 else NO_JITTER
         tile = cut(date, shifted(box, dx, dy), (size_px, size_px), bands, pair.value_range, radiometry)
         return np.ascontiguousarray(dihedral(tile, view))
+
+
+def change_batch(examples: Sequence[ChangeExample]) -> dict[str, torch.Tensor]:
+    """Stacked ``change_before``, ``change_after`` [N,5,h,w] and ``change_mask`` [N,h/2,w/2]."""
+    names = ("before", "after", "mask")
+    return {f"change_{n}": torch.from_numpy(np.stack([getattr(e, n) for e in examples])) for n in names}
 
 
 def _inside(centre: float, side: float, size: int) -> float:

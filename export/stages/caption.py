@@ -1,4 +1,4 @@
-"""Stage 3: the caption decoder, on cached features of the finished encoder."""
+"""Stage 4: the caption decoder, on cached features of the finished encoder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from edge_rsvlm.export.data.scenes import SceneSet, rsicd, ucm
 from edge_rsvlm.export.loop import ahead, device, train
 from edge_rsvlm.export.model.decoder import Captioner, DecoderConfig, packed_layout
 from edge_rsvlm.export.model.encoder import Encoder
-from edge_rsvlm.export.stages.joint import training_ucm
+from edge_rsvlm.export.stages.joint import load_encoder, training_ucm
 
 NAME = "caption"
 DEFAULTS: dict[str, Any] = {
@@ -87,13 +87,6 @@ def run(data: Path, work: Path, config: dict[str, Any], joint: artifact.Artifact
     )
     texts = {TOKENIZER_NAME: tokenizer.to_str()}
     return artifact.write(work / NAME, NAME, digest, config, metrics, state, texts)
-
-
-def load_encoder(joint: artifact.Artifact) -> Encoder:
-    """The encoder that the joint stage trained."""
-    encoder = Encoder()
-    encoder.load_state_dict(artifact.part(joint.tensors(), "encoder"))
-    return encoder.eval()
 
 
 def _part(encoder: Encoder, scenes: SceneSet, images: np.ndarray, views: int, tokenizer: Any, cache: Path) -> Part:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edge_rsvlm.export import artifact
-from edge_rsvlm.export.data.change import ChangeData, ChangeExample, training_pairs
+from edge_rsvlm.export.data.change import ChangeData, change_batch, training_pairs
 from edge_rsvlm.export.data.detect import SETS, DetectData, Example
 from edge_rsvlm.export.data.scenes import CAPTION_WORDS, SceneSet, frequent_words, multi_hot, rsicd, ucm, word_shares
 from edge_rsvlm.export.data.views import jitter
@@ -50,6 +50,13 @@ class Joint(nn.Module):
         super().__init__()
         self.encoder, self.detect, self.change = Encoder(), DetectHead(), ChangeHead()
         self.scene = SceneHead(SCENE_LABELS)
+
+
+def load_encoder(joint: artifact.Artifact) -> Encoder:
+    """The encoder that this stage trained."""
+    encoder = Encoder()
+    encoder.load_state_dict(artifact.part(joint.tensors(), "encoder"))
+    return encoder.eval()
 
 
 def training_ucm(scenes: SceneSet, backbone: artifact.Artifact) -> np.ndarray:
@@ -95,7 +102,7 @@ def batch_maker(data: Path, cache: Path, config: dict[str, Any], backbone: artif
         changes = [pairs.sample(rng, config["crop_px"]) for _ in range(config["change_batch"])]
         return {
             **_detect_batch(examples),
-            **_change_batch(changes),
+            **change_batch(changes),
             **_scene_batch(rng, scenes, ucm_train, words, config),
         }
 
@@ -105,11 +112,6 @@ def batch_maker(data: Path, cache: Path, config: dict[str, Any], backbone: artif
 def _detect_batch(examples: list[Example]) -> Batch:
     names = ("tile", "heat", "weight", "sides", "sides_weight")
     return {f"detect_{n}": torch.from_numpy(np.stack([getattr(e, n) for e in examples])) for n in names}
-
-
-def _change_batch(examples: list[ChangeExample]) -> Batch:
-    names = ("before", "after", "mask")
-    return {f"change_{n}": torch.from_numpy(np.stack([getattr(e, n) for e in examples])) for n in names}
 
 
 def _scene_batch(

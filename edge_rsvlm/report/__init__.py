@@ -1,0 +1,1 @@
+"""What people look at: overlays, and one page that needs no network."""
