@@ -97,7 +97,7 @@ class Captioner:
 
 def _only_eos_after_end(log_NBV: NDArray[np.float32], done_NB: NDArray[np.bool_], eos_id: int) -> NDArray[np.float32]:
     """A finished beam continues with the end token alone, at no cost."""
-    frozen = log_NBV.copy()
+    frozen: NDArray[np.float32] = log_NBV.copy()
     frozen[done_NB] = -np.inf
     frozen[done_NB, eos_id] = 0.0
     return frozen
