@@ -152,9 +152,10 @@ def summary(task: str, record: Mapping[str, Any]) -> str:
     changes = record["changes"]
     share = f"{record['changed_fraction']:.1%} of the valid area"
     areas = [found["area_m2"] for found in changes]
+    count = f"{len(changes)} change{'' if len(changes) == 1 else 's'}"
     if not changes or None in areas:
-        return f"{len(changes)} changes, {share}"
-    return f"{len(changes)} changes over {_square_metres(sum(areas))}, {share}"
+        return f"{count}, {share}"
+    return f"{count} over {_square_metres(sum(areas))}, {share}"
 
 
 def _tile_item(entry: Mapping[str, Any], where: str) -> Item:

@@ -40,6 +40,7 @@ from edge_rsvlm.export.model_card import CARD_NAME, write_card
 from edge_rsvlm.export.score import evaluations
 from edge_rsvlm.export.stages import backbone, caption, joint
 from edge_rsvlm.export.stages import change as change_stage
+from edge_rsvlm.export.thresholds import change_threshold, detect_threshold
 from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine
 from edge_rsvlm.raster.reader import open_raster
 from edge_rsvlm.tasks.encode import encode
@@ -60,8 +61,9 @@ TRAINING_DATA = (
 FLOAT_RANGE = S2_RANGE / 10_000  # reflectance
 PROBE_TOLERANCE = 0.01
 PROBE_SCENES = ("airliners.webp", "marina.webp")
+THREADS, UNBOUNDED = 2, 0
 UNMEASURED = {"session_bytes": 1, "tile_bytes": 1}
-TASKS = ("detect", "change", "caption")
+UNCHOSEN = 0.5
 
 
 def input_spec(tile_px: int, overlap_px: int, resolution_m: tuple[float, float]) -> dict[str, Any]:
@@ -75,19 +77,18 @@ def input_spec(tile_px: int, overlap_px: int, resolution_m: tuple[float, float])
 def task_specs(model: Model) -> dict[str, Any]:
     """Tasks of the manifest, memory not yet measured.
 
-    Ground resolutions are those of the training images under their scale jitter. Thresholds are round numbers, not
-    fitted to any held-out image.
+    Ground resolutions are those of the training images under their scale jitter.
     """
     decoder = model.captioner.decoder.config
     return {
         "detect": {
             "input": input_spec(512, 160, (0.1, 1.0)), "head": "detect.onnx", "encoder_outputs": DETECT_MAPS,
-            "classes": detect.CLASSES, "stride": detect.STRIDE, "score_threshold": 0.3, "nms_iou": 0.5,
+            "classes": detect.CLASSES, "stride": detect.STRIDE, "score_threshold": UNCHOSEN, "nms_iou": 0.5,
             "max_boxes_per_tile": 1000, "memory": UNMEASURED,
         },
         "change": {
             "input": input_spec(TILE_PX, OVERLAP_PX, (1.5, 5.0)), "head": "change.onnx",
-            "encoder_outputs": CHANGE_MAPS, "stride": change.STRIDE, "threshold": 0.5, "min_area_m2": 200.0,
+            "encoder_outputs": CHANGE_MAPS, "stride": change.STRIDE, "threshold": UNCHOSEN, "min_area_m2": 200.0,
             "min_area_px": 4, "memory": UNMEASURED,
         },
         "caption": {
@@ -120,7 +121,7 @@ def golden_probe(model: Model, folder: Path, scenes: Path) -> None:
 
 
 def first_caption(folder: Path, rgb_N3HW: np.ndarray) -> str:
-    runtime = Runtime(load_bundle(folder, allow_unsigned=True), cpu_engine(1, 0))
+    runtime = Runtime(load_bundle(folder, allow_unsigned=True), cpu_engine(1, UNBOUNDED))
     features = encode(runtime.encoder, probe_tiles(rgb_N3HW[:1]), ["c5"])
     return runtime.captioner(features)[0]
 
@@ -161,12 +162,16 @@ def make_bundle(data: Path, work: Path, out: Path, scenes: Path) -> None:
     write_manifest(folder, tasks, [])
     golden_probe(model, folder, scenes)
     write_manifest(folder, tasks, [])
+    runtime = Runtime(load_bundle(folder, allow_unsigned=True), cpu_engine(THREADS, UNBOUNDED))
+    tasks["detect"]["score_threshold"] = detect_threshold(runtime, data, work / "cache")
+    tasks["change"]["threshold"] = change_threshold(runtime, data)
     tasks = {name: {**spec, "memory": measured_memory(folder, name)} for name, spec in tasks.items()}
     write_manifest(folder, tasks, [])
     accuracy = evaluations(data, folder)
     write_card(
         folder / CARD_NAME, name=NAME, licence=LICENCE, training_data=TRAINING_DATA, accuracy=accuracy,
         stages=[p.manifest for p in parts], baseline=consensus(data, work),
+        thresholds=(tasks["detect"]["score_threshold"], tasks["change"]["threshold"]),
         left_out=len(artifact.load(work / backbone.NAME).metrics["ucm_left_out"]),
     )  # fmt: skip
     write_manifest(folder, tasks, accuracy)

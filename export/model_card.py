@@ -29,8 +29,8 @@ place as one of those ({left_out} of them) was trained on. The official test spl
 
 ## Scores
 
-On held-out images, through the whole pipeline, with bootstrap 95 % intervals over images. The thresholds (0.3 for
-boxes, 0.5 for change) are round numbers, not fitted.
+On held-out images, through the whole pipeline, with bootstrap 95 % intervals over images. Thresholds ({detect:.2f} for
+boxes, {change:.2f} for change) were chosen on crops of training images.
 
 | data | measure | value | 95 % interval | images |
 |---|---|---|---|---|
@@ -72,6 +72,7 @@ def write_card(
     accuracy: Sequence[dict[str, Any]],
     stages: Sequence[dict[str, Any]],
     baseline: ConsensusScore,
+    thresholds: tuple[float, float],
     left_out: int,
 ) -> None:
     commands = list(dict.fromkeys(row["command"] for row in accuracy))
@@ -79,7 +80,8 @@ def write_card(
         TEXT.format(
             name=name, licence=licence[0].upper() + licence[1:], classes=", ".join(CLASSES), left_out=left_out,
             data="\n".join(f"- {item}" for item in training_data), scores="\n".join(map(_row, accuracy)),
-            baseline=baseline, commands="\n".join(commands), training="\n".join(map(_stage, stages)),
+            detect=thresholds[0], change=thresholds[1], baseline=baseline,
+            commands="\n".join(commands), training="\n".join(map(_stage, stages)),
         ),
         encoding="utf-8",
     )  # fmt: skip

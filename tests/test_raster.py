@@ -127,7 +127,7 @@ def test_alpha_counts_even_beside_nodata(tmp_path):
     image[3] = 255
     image[3, :10] = 0
     image[:3, 20:30] = 7
-    options = {"nodata": 7, "photometric": "RGB", "alpha": "unspecified", **UTM}
+    options = {"nodata": 7, "photometric": "RGB", "alpha": "yes", **UTM}
     raster, data, valid = read_all(write(tmp_path / "a.tif", image, **options))
     assert raster.band_roles == ("red", "green", "blue") and len(data) == 3
     assert not valid[:10].any() and not valid[20:30].any() and valid[10:20].all() and valid[30:].all()
@@ -194,18 +194,23 @@ def test_every_usual_kind_of_picture_is_read(tmp_path, mode, kind):
 
 def bad_files(folder):
     whole = write(folder / "whole.tif", random_image(height=300, width=300), compress="deflate", **UTM).read_bytes()
-    png = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3)).astype(np.uint8)).save(png, "png")
+    png, jpeg, webp = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    for stream, kind in ((png, "png"), (jpeg, "jpeg"), (webp, "webp")):
+        Image.fromarray(np.moveaxis(random_image(3, 200, 200), 0, -1)).save(stream, kind)
     return {
         "empty.tif": b"",
         "text.tif": b"this is no image\n" * 50,
         "short.tif": whole[: len(whole) // 2],
         "short.png": png.getvalue()[:30_000],
+        "short.jpg": jpeg.getvalue()[:9_000],
+        "short.webp": webp.getvalue()[:9_000],
         "scrambled.tif": whole[:1000] + bytes(len(whole) - 2000) + whole[-1000:],
     }
 
 
-@pytest.mark.parametrize("name", ["empty.tif", "text.tif", "short.tif", "short.png", "scrambled.tif"])
+@pytest.mark.parametrize(
+    "name", ["empty.tif", "text.tif", "short.tif", "short.png", "short.jpg", "short.webp", "scrambled.tif"]
+)
 def test_a_broken_file_is_one_line_that_names_it(tmp_path, name):
     (tmp_path / name).write_bytes(bad_files(tmp_path)[name])
     with pytest.raises(InputError) as caught:
@@ -249,6 +254,7 @@ def test_warping_keeps_masks_and_colours(tmp_path, kind):
     moved = UTM | {"transform": Affine(0.5, 0, 500_010.1, 0, -0.5, 5_300_000)}
     bands = {"nodata": 3, "alpha": 4, "palette": 1, "float": 1}[kind]
     image = np.full((bands, 100, 100), 9, "float32" if kind == "float" else "uint8")
+    image[3:] = 255
     image[:, 50:] = 0
     options = {"nodata": {"nodata": 0}, "alpha": {"photometric": "RGB", "alpha": "yes"}, "float": {"nodata": 0.0}}
     before = write(tmp_path / "before.tif", image, **moved, **options.get(kind, {"nodata": 0}))

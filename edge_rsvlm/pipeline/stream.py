@@ -170,13 +170,16 @@ def radiometry(spec: InputSpec, raster: Raster, outcome: Outcome) -> tuple[float
         kind = "float32" if bright <= FLOAT_MOST else "uint8" if bright <= 255 else "uint16"
     low, high = _range(spec, kind, raster)
     # Clouds and snow lie beyond the range; an image that does altogether is one white sheet to the model.
+    said = ""
     if len(sample) and float(np.median(sample)) > high:
-        outcome.warnings.append(
+        said = (
             f"most pixels exceed {high:g}, which is the brightest that the model knows in such data: "
             f"scale them (gdal_translate -ot Byte -scale 0 {bright:g} 0 255)"
         )
     elif kind != raster.dtype:
-        outcome.warnings.append(f"its {raster.source_dtype} pixels are taken to run from {low:g} to {high:g}")
+        said = f"its {raster.source_dtype} pixels are taken to run from {low:g} to {high:g}"
+    if said and said not in outcome.warnings:
+        outcome.warnings.append(said)
     return low, high
 
 

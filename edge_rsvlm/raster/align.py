@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 from affine import Affine
+from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.transform import from_gcps
@@ -48,14 +50,14 @@ def open_aligned(before: str, after: Raster) -> Iterator[Raster]:
         with ExitStack() as stack:
             with foreign_errors(before):
                 warped = stack.enter_context(_warped(raster, after, 1))
-                _check_overlap(before, warped, raster, after)
+                _check_overlap(before, raster, after)
             aligned = dataclasses.replace(
                 raster,
                 dataset=warped,
                 georeference=target,
                 overviews=after.overviews,
                 open_overview=lambda decimation: _warped(raster, after, decimation),
-                _alpha=None,  # the mask of a warped dataset is its alpha
+                _alpha=warped.colorinterp.index(ColorInterp.alpha) + 1,
                 _opened={},
                 _whole=None,
             )
@@ -81,7 +83,7 @@ def _warped(raster: Raster, after: Raster, decimation: int) -> WarpedVRT:
     """BEFORE on the grid of AFTER or of one of its overviews; control points are fitted by an affine transform."""
     target = after.georeference
     assert target.crs_wkt is not None
-    a, b, c, d, e, f = (target.transform if target.transform is not None else _fitted(target))[:6]
+    a, b, c, d, e, f = _fitted(target)[:6]
     width, height = after.size_at(decimation)
     x, y = target.width / width, target.height / height
     options: dict[str, Any] = {
@@ -97,21 +99,26 @@ def _warped(raster: Raster, after: Raster, decimation: int) -> WarpedVRT:
 
 
 def _fitted(target: Georeference) -> Affine:
-    from rasterio.control import GroundControlPoint
-
+    if target.transform is not None:
+        return target.transform
     return from_gcps([GroundControlPoint(row=p.row, col=p.col, x=p.x, y=p.y) for p in target.gcps])
 
 
-def _check_overlap(before: str, warped: Any, raster: Raster, after: Raster) -> None:
-    dataset = raster.dataset
-    if raster.georeference.transform is None:
-        return  # the extent of ground control points is only known by warping
-    west, south, east, north = transform_bounds(dataset.crs, warped.crs, *dataset.bounds)
-    a = warped.bounds
-    if (
-        east <= min(a.left, a.right)
-        or west >= max(a.left, a.right)
-        or north <= min(a.bottom, a.top)
-        or (south >= max(a.bottom, a.top))
-    ):
+def _bounds(georeference: Georeference) -> tuple[float, float, float, float]:
+    """West, south, east, north in its own CRS, however the raster is turned."""
+    x, y = (0.0, float(georeference.width)), (0.0, float(georeference.height))
+    corners = apply(_fitted(georeference), np.array(list(itertools.product(x, y))))
+    (west, south), (east, north) = corners.min(axis=0), corners.max(axis=0)
+    return float(west), float(south), float(east), float(north)
+
+
+def _check_overlap(before: str, raster: Raster, after: Raster) -> None:
+    source, target = raster.georeference, after.georeference
+    assert source.crs_wkt is not None and target.crs_wkt is not None
+    crs = CRS.from_wkt(source.crs_wkt), CRS.from_wkt(target.crs_wkt)
+    west, south, east, north = transform_bounds(*crs, *_bounds(source))
+    if west > east:
+        return  # it crosses the antimeridian: what overlaps shows when it is warped
+    a = _bounds(target)
+    if east <= a[0] or west >= a[2] or north <= a[1] or south >= a[3]:
         raise InputError(f"{before} does not overlap {after.name}", fix="give two dates of the same place")

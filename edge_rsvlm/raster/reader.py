@@ -34,6 +34,7 @@ SENTINEL_2_ROLES = {"B02": "blue", "B03": "green", "B04": "red", "B08": "nir", "
 NIR_NAMES = ("nir", "near infrared", "near-infrared")
 USUAL_ORDERS = {1: ("gray",), 2: ("gray", "unknown"), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "nir")}
 SAMPLE_PX = 64
+TAIL_BYTES = 1 << 16
 ROLES = {
     ColorInterp.red: "red",
     ColorInterp.green: "green",
@@ -232,8 +233,28 @@ def open_raster(path: str, name: str | None = None) -> Iterator[Raster]:
                 dataset = stack.enter_context(rasterio.open(path))
                 levels = tuple(int(d) for d in dataset.overviews(1)) if dataset.count else ()
                 raster = describe(name, dataset, levels, lambda d: _open_overview(path, levels.index(d)))
+            _check_whole(path, dataset.driver)
             stack.callback(raster.close)
             yield raster
+
+
+def _check_whole(path: str, driver: str) -> None:
+    """GDAL reads what is left of a picture that was cut off, without a word: look for its end."""
+    file = Path(path)
+    if driver not in WHOLE_IMAGE_DRIVERS or not file.is_file():
+        return
+    with file.open("rb") as stream:
+        size = file.stat().st_size
+        head = stream.read(12)
+        stream.seek(max(size - TAIL_BYTES, 0))
+        tail = stream.read()
+    whole = {
+        "PNG": b"IEND" in tail,
+        "JPEG": b"\xff\xd9" in tail,
+        "WEBP": int.from_bytes(head[4:8], "little") + 8 <= size,
+    }
+    if not whole.get(driver, True):
+        raise InputError(f"{path}: is cut off", fix="copy it again")
 
 
 def _open_overview(path: str, index: int) -> Any:

@@ -85,16 +85,22 @@ class DetectData:
         self.names = [name for name in self.labels if name not in exclude]
 
     def sample(self, rng: np.random.Generator, size_px: int) -> Example:
-        """One augmented crop; half of the crops of a big image are centred near an object."""
-        name = self.names[rng.integers(len(self.names))]
-        image, labels = self.store[name], self.labels[name]
-        scale = float(np.exp(rng.uniform(np.log(0.5), np.log(1.5))))
-        box = random_box(rng, image.shape[:2], labels, size_px / scale)
-        tile = cut(image, box, (size_px, size_px), RGB_BANDS, U8_RANGE, jitter(rng, 0.18, 0.05, 0.04))
-        boxes = (labels.boxes - [box[0], box[1], box[0], box[1]]) * (size_px / (box[2] - box[0]))
-        view = int(rng.integers(8))
-        tile = np.ascontiguousarray(dihedral(tile, view))
-        return Example(tile, *targets(dihedral_boxes(boxes, size_px, view), labels.classes, size_px, self.spec))
+        """One augmented crop with its targets."""
+        tile, labels = crop(self, rng, size_px)
+        return Example(tile, *targets(labels.boxes, labels.classes, size_px, self.spec))
+
+
+def crop(data: DetectData, rng: np.random.Generator, size_px: int) -> tuple[F32, Labels]:
+    """One augmented tile [5,size,size] and all labels of its image, in tile px (they may lie outside)."""
+    name = data.names[rng.integers(len(data.names))]
+    image, labels = data.store[name], data.labels[name]
+    scale = float(np.exp(rng.uniform(np.log(0.5), np.log(1.5))))
+    box = random_box(rng, image.shape[:2], labels, size_px / scale)
+    tile = cut(image, box, (size_px, size_px), RGB_BANDS, U8_RANGE, jitter(rng, 0.18, 0.05, 0.04))
+    boxes = (labels.boxes - [box[0], box[1], box[0], box[1]]) * (size_px / (box[2] - box[0]))
+    view = int(rng.integers(8))
+    turned = Labels(dihedral_boxes(boxes, size_px, view), labels.classes)
+    return np.ascontiguousarray(dihedral(tile, view)), turned
 
 
 def read_labels(path: Path, mapping: dict[str, str | None]) -> dict[str, Labels]:

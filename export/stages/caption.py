@@ -30,7 +30,7 @@ from edge_rsvlm.export.stages.joint import load_encoder, training_ucm
 
 NAME = "caption"
 DEFAULTS: dict[str, Any] = {
-    "minutes": 30.0,
+    "minutes": 25.0,
     "images": 48,
     "ucm_share": 0.4,
     "ucm_views": 8,
