@@ -112,6 +112,7 @@ def write(
     }
     (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     temporary.chmod(0o755)
+    (temporary / WEIGHTS_NAME).chmod(0o644)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.replace(folder)

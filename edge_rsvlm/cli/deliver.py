@@ -86,7 +86,10 @@ class Delivery:
             (after.path, geojson),
             work,
             tail=lambda outcome: {"changed_fraction": round(outcome.changed_fraction, 6)},
-            text=lambda outcome, results: f"{results.count} changes, {outcome.changed_fraction:.2%} of the valid area",
+            text=lambda outcome, results: (
+                f"{results.count} change{'' if results.count == 1 else 's'}, "
+                f"{outcome.changed_fraction:.2%} of the valid area"
+            ),
         )
 
     def _deliver(

@@ -14,6 +14,7 @@ from edge_rsvlm.types import Window
 
 Box = tuple[float, float, float, float]
 MOST_MAGNIFIED = 2
+SAME_SCALE = 0.005
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,6 @@ def choose_scale(
     own = math.sqrt(metres_xy[0] * metres_xy[1])
     target = override_m or max(min(max(own, range_m[0]), range_m[1]), own / MOST_MAGNIFIED)
     # Within half a percent tiles are native pixels: resampling would only blur.
-    scales = [1.0 if abs(target / m - 1) < 0.005 else target / m for m in metres_xy]
-    decimation = max([d for d in overviews if d <= min(scales)], default=1)
+    scales = [1.0 if abs(target / m - 1) < SAME_SCALE else target / m for m in metres_xy]
+    decimation = max([d for d in overviews if d <= min(scales) * (1 + SAME_SCALE)], default=1)
     return scales[0], scales[1], decimation
