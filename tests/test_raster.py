@@ -158,7 +158,6 @@ ROLES = [
     (2, {"photometric": "MINISBLACK", "alpha": "yes"}, (), ("gray",)),
     (3, {"photometric": "MINISBLACK"}, (), ("red", "green", "blue")),
     (4, {"photometric": "MINISBLACK"}, (), ("red", "green", "blue", "nir")),
-    (4, {"photometric": "RGB", "alpha": "yes"}, (), ("red", "green", "blue")),
     (4, {"photometric": "MINISBLACK"}, ("B02", "B03", "B04", "B08"), ("blue", "green", "red", "nir")),
     (5, {"photometric": "MINISBLACK"}, ("B8A", "B04", "B03", "B02", "B08"), ("nir", "red", "green", "blue")),
     (4, {"photometric": "RGB"}, ("", "", "", "NIR"), ("red", "green", "blue", "nir")),
@@ -246,6 +245,22 @@ def test_before_is_warped_onto_the_grid_of_after(tmp_path):
     assert raster.band_roles == ("blue", "green", "red", "nir")  # by the file's names, which a warp forgets
     assert not valid[:, :9].any() and valid[2:-2, 12:-2].all()
     np.testing.assert_array_equal(data[:, 5::10, 15::10], image[:, 5::10, 15::10])
+
+
+def test_near_infrared_marked_as_alpha_is_an_image_and_no_mask(tmp_path):
+    after = write(tmp_path / "after.tif", random_image(4), photometric="RGB", alpha="yes", **UTM)
+    raster, data, valid = read_all(after)
+    assert raster.band_roles == ("red", "green", "blue", "nir") and valid.all() and "near infrared" in raster.notes[0]
+    moved = UTM | {"transform": Affine(0.5, 0, 500_005, 0, -0.5, 5_300_000)}
+    image = np.full((4, 70, 90), 100, np.uint8)
+    raster, data, valid = aligned(write(tmp_path / "b.tif", image, photometric="RGB", alpha="yes", **moved), after)
+    assert raster.band_roles[3] == "nir" and (data[:, valid > 0] == 100).all()
+    assert valid[2:-2, 12:-2].all() and not valid[:, :9].any()
+    image[3], image[3, :20] = 255, 0
+    raster, _, valid = read_all(write(tmp_path / "mask.tif", image, photometric="RGB", alpha="yes", **UTM))
+    assert (
+        raster.band_roles == ("red", "green", "blue") and not raster.notes and not valid[:20].any() and valid[20:].all()
+    )
 
 
 @pytest.mark.parametrize("kind", ["nodata", "alpha", "palette", "float"])

@@ -25,7 +25,7 @@ def scene_view(rasters: tuple[Raster, ...], spec: InputSpec, resolution_m: float
     metres = metres_per_pixel(reference.georeference) if located else None
     overviews = [d for d in reference.overviews if _same_overview(rasters, d)]
     scale_x, scale_y, decimation = choose_scale(metres, spec.resolution_m, resolution_m, overviews)
-    warnings = []
+    warnings = list(dict.fromkeys(note for raster in rasters for note in raster.notes))
     if metres is None and resolution_m:
         warnings.append("its ground resolution is unknown: tiles are native pixels, and --resolution has no effect")
     if metres is not None and min(metres) > MUCH_COARSER * spec.resolution_m[1]:

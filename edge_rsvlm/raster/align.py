@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
+import rasterio
+import rasterio.shutil
 from affine import Affine
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
@@ -49,15 +52,16 @@ def open_aligned(before: str, after: Raster) -> Iterator[Raster]:
             )
         with ExitStack() as stack:
             with foreign_errors(before):
-                warped = stack.enter_context(_warped(raster, after, 1))
+                source = _warpable(raster, stack)
+                warped = stack.enter_context(_warped(raster, source, after, 1))
                 _check_overlap(before, raster, after)
             aligned = dataclasses.replace(
                 raster,
                 dataset=warped,
                 georeference=target,
                 overviews=after.overviews,
-                open_overview=lambda decimation: _warped(raster, after, decimation),
-                _alpha=warped.colorinterp.index(ColorInterp.alpha) + 1,
+                open_overview=lambda decimation: _warped(raster, source, after, decimation),
+                _alpha=raster.alpha_band or warped.count,
                 _opened={},
                 _whole=None,
             )
@@ -79,8 +83,11 @@ def _same_grid(a: Georeference, b: Georeference) -> bool:
     return bool(np.abs(moved - corners).max() < SAME_GRID_PX)
 
 
-def _warped(raster: Raster, after: Raster, decimation: int) -> WarpedVRT:
-    """BEFORE on the grid of AFTER or of one of its overviews; control points are fitted by an affine transform."""
+def _warped(raster: Raster, source: Any, after: Raster, decimation: int) -> WarpedVRT:
+    """BEFORE (its dataset is ``source``) on the grid of AFTER or of one of its overviews.
+
+    Control points are fitted by an affine transform.
+    """
     target = after.georeference
     assert target.crs_wkt is not None
     a, b, c, d, e, f = _fitted(target)[:6]
@@ -93,9 +100,22 @@ def _warped(raster: Raster, after: Raster, decimation: int) -> WarpedVRT:
         "height": height,
         # Between the indices of a palette there are no colours.
         "resampling": Resampling.nearest if raster.indexed else Resampling.bilinear,
-        "add_alpha": ColorInterp.alpha not in raster.dataset.colorinterp,
+        "add_alpha": raster.alpha_band is None,
     }
-    return WarpedVRT(raster.dataset, **options)
+    return WarpedVRT(source, **options)
+
+
+def _warpable(raster: Raster, stack: ExitStack) -> Any:
+    """The dataset, or a virtual one without the alpha mark of a band that is none: GDAL would warp it as a mask."""
+    dataset = raster.dataset
+    if raster.alpha_band is not None or ColorInterp.alpha not in dataset.colorinterp:
+        return dataset
+    path = f"/vsimem/{uuid.uuid4()}.vrt"
+    rasterio.shutil.copy(dataset, path, driver="VRT")
+    stack.callback(rasterio.shutil.delete, path)
+    with rasterio.open(path, "r+") as virtual:
+        virtual.colorinterp = [ColorInterp.undefined if c is ColorInterp.alpha else c for c in dataset.colorinterp]
+    return stack.enter_context(rasterio.open(path))
 
 
 def _fitted(target: Georeference) -> Affine:

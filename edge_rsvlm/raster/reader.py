@@ -17,11 +17,12 @@ import numpy as np
 import rasterio
 from affine import Affine
 from numpy.typing import NDArray
-from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.enums import MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
 
 from edge_rsvlm.errors import InputError
+from edge_rsvlm.raster.bands import band_roles, palette
 from edge_rsvlm.types import Georeference, GroundControlPoint, Pixels, Window
 
 CACHE_BYTES = 32 << 20
@@ -30,18 +31,8 @@ BLOCK_BYTES = 8 << 20
 """Rasters whose blocks decode to more are held whole: windows would decode each block again and again."""
 WHOLE_IMAGE_DRIVERS = frozenset({"PNG", "JPEG", "WEBP", "GIF", "BMP"})
 SUPPORTED = "GeoTIFF, COG, JPEG 2000, PNG, JPEG and WebP are supported"
-SENTINEL_2_ROLES = {"B02": "blue", "B03": "green", "B04": "red", "B08": "nir", "B8A": "nir"}
-NIR_NAMES = ("nir", "near infrared", "near-infrared")
-USUAL_ORDERS = {1: ("gray",), 2: ("gray", "unknown"), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "nir")}
 SAMPLE_PX = 64
 TAIL_BYTES = 1 << 16
-ROLES = {
-    ColorInterp.red: "red",
-    ColorInterp.green: "green",
-    ColorInterp.blue: "blue",
-    ColorInterp.gray: "gray",
-    ColorInterp.alpha: "alpha",
-}
 
 logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # failures come back as errors; GDAL's log repeats them
 
@@ -92,6 +83,8 @@ class Raster:
     overviews: tuple[int, ...]
     open_overview: Callable[[int], Any]
     _bands: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+    """What the user should know of how the file was understood."""
     _alpha: int | None = None
     _palette: NDArray[np.uint8] | None = None
     _scaling: tuple[tuple[float, float], ...] | None = None
@@ -114,6 +107,11 @@ class Raster:
     def windowed(self) -> bool:
         """Whether a window can be read without decoding the whole image."""
         return self.dataset.driver not in WHOLE_IMAGE_DRIVERS and self.block_bytes <= BLOCK_BYTES
+
+    @property
+    def alpha_band(self) -> int | None:
+        """The band, from 1, that says where the image is."""
+        return self._alpha
 
     @property
     def indexed(self) -> bool:
@@ -190,7 +188,7 @@ class Raster:
         valid: NDArray[np.bool_] = np.ones(raw_CHW.shape[1:], bool)
         if MaskFlags.nodata in flags:
             valid &= ~_equals(raw_CHW, level.nodata).all(axis=0)
-        elif MaskFlags.all_valid not in flags:
+        elif MaskFlags.all_valid not in flags and (self._alpha is not None or MaskFlags.alpha not in flags):
             valid &= level.read_masks(self._bands[0], window=part) > 127
         if self._alpha is not None and MaskFlags.alpha not in flags:
             valid &= level.read(self._alpha, window=part) > 0
@@ -267,7 +265,8 @@ def describe(name: str, dataset: Any, overviews: tuple[int, ...], open_overview:
     """The facts of an open dataset."""
     if dataset.count == 0 or dataset.width == 0 or dataset.height == 0:
         raise InputError(f"{name}: holds no bands (its subdatasets may)", fix="name one: gdalinfo lists them")
-    roles = band_roles(dataset)
+    with foreign_errors(name):
+        roles, notes = band_roles(dataset)
     bands = tuple(i + 1 for i, role in enumerate(roles) if role not in ("alpha", "unknown"))
     if not bands:
         raise InputError(
@@ -275,17 +274,18 @@ def describe(name: str, dataset: Any, overviews: tuple[int, ...], open_overview:
             fix="name them: gdal_edit.py -colorinterp_1 red -colorinterp_2 green -colorinterp_3 blue FILE",
         )
     source_dtype = np.dtype(dataset.dtypes[bands[0] - 1])
-    palette = _palette(dataset)
+    colours = palette(dataset)
     scaled = any(dataset.scales[b - 1] != 1 or dataset.offsets[b - 1] != 0 for b in bands)
     mixed = len({dataset.dtypes[b - 1] for b in bands}) > 1
     dtype = source_dtype if source_dtype in (np.uint8, np.uint16) and not (scaled or mixed) else np.dtype(np.float32)
     read_roles = tuple(roles[b - 1] for b in bands)
-    if palette is not None:
+    if colours is not None:
         dtype, read_roles, bands, scaled = np.dtype(np.uint8), ("red", "green", "blue"), (1,), False
     raster = Raster(
         name, dataset, georeference(dataset), dtype, source_dtype, read_roles, (), open_overview, bands,
+        notes=notes,
         _alpha=roles.index("alpha") + 1 if "alpha" in roles else None,
-        _palette=palette,
+        _palette=colours,
         _scaling=tuple((dataset.scales[b - 1], dataset.offsets[b - 1]) for b in bands) if scaled else None,
     )  # fmt: skip
     raster.overviews = overviews if raster.windowed else ()
@@ -302,43 +302,3 @@ def georeference(dataset: Any) -> Georeference:
         return Georeference(dataset.width, dataset.height, gcp_crs.to_wkt(), None, gcps)
     crs_wkt = dataset.crs.to_wkt() if dataset.crs else None
     return Georeference(dataset.width, dataset.height, crs_wkt, transform)
-
-
-def band_roles(dataset: Any) -> tuple[str, ...]:
-    """What each band shows: Sentinel-2 names in the descriptions, then colour interpretation, then the usual orders.
-
-    A role is given once, to the first band that may have it; other bands are "unknown".
-    """
-    described = [(d or "").strip() for d in dataset.descriptions]
-    named = [SENTINEL_2_ROLES.get(d.upper()[:3], "unknown") for d in described]
-    return _first_of_each(named if "red" in named else _usual_roles(dataset, described))
-
-
-def _usual_roles(dataset: Any, described: list[str]) -> list[str]:
-    roles = [ROLES.get(c, "unknown") for c in dataset.colorinterp]
-    roles = ["nir" if d.lower() in NIR_NAMES else role for role, d in zip(roles, described, strict=True)]
-    optical = [i for i, role in enumerate(roles) if role != "alpha"]
-    if "red" not in roles and len(optical) in USUAL_ORDERS:
-        for i, role in zip(optical, USUAL_ORDERS[len(optical)], strict=True):
-            roles[i] = role
-    elif "red" not in roles:
-        # Which of many unnamed bands is visible light is not for us to guess.
-        roles = ["unknown" if role == "gray" else role for role in roles]
-    elif len(optical) == 4 and roles.count("unknown") == 1 and "nir" not in roles:
-        roles[roles.index("unknown")] = "nir"
-    return roles
-
-
-def _first_of_each(roles: list[str]) -> tuple[str, ...]:
-    return tuple("unknown" if role in roles[:i] else role for i, role in enumerate(roles))
-
-
-def _palette(dataset: Any) -> NDArray[np.uint8] | None:
-    """Colours [256, 3] of an indexed image."""
-    if dataset.colorinterp[0] != ColorInterp.palette or dataset.dtypes[0] != "uint8":
-        return None
-    colours = np.zeros((256, 3), np.uint8)
-    for index, colour in dataset.colormap(1).items():
-        if index < 256:
-            colours[index] = colour[:3]
-    return colours
