@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from edge_rsvlm.bundle import load_bundle
 from edge_rsvlm.config.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 from edge_rsvlm.export import artifact
-from edge_rsvlm.export.baselines import consensus
+from edge_rsvlm.export.baselines import change_vectors, consensus
 from edge_rsvlm.export.compile_onnx import (
     CHANGE_MAPS,
     DETECT_MAPS,
@@ -58,18 +59,23 @@ TRAINING_DATA = (
     "Airbus Aircraft Sample (CC BY-NC-SA 4.0)", "SIMD (research)", "drone vehicles (CC BY / BY-SA)",
     "OSCD (Copernicus imagery; masks CC BY-NC-SA)", "SZTAKI AirChange (scientific use)",
 )  # fmt: skip
+COLOUR = tuple("none" if band == "nir" else band for band in STEM_BANDS)
+"""Boxes and captions were learnt without near infrared."""
 FLOAT_RANGE = S2_RANGE / 10_000  # reflectance
 PROBE_TOLERANCE = 0.01
 PROBE_SCENES = ("airliners.webp", "marina.webp")
 THREADS, UNBOUNDED = 2, 0
+CACHE = Path("build/train/cache")
 UNMEASURED = {"session_bytes": 1, "tile_bytes": 1}
 UNCHOSEN = 0.5
 
 
-def input_spec(tile_px: int, overlap_px: int, resolution_m: tuple[float, float]) -> dict[str, Any]:
+def input_spec(
+    tile_px: int, overlap_px: int, resolution_m: tuple[float, float], bands: Sequence[str] = COLOUR
+) -> dict[str, Any]:
     ranges = {"uint8": (0.0, U8_RANGE), "uint16": (0.0, S2_RANGE), "float32": (0.0, FLOAT_RANGE)}
     return {
-        "bands": STEM_BANDS, "ranges": ranges, "mean": MEAN, "std": STD, "tile_px": tile_px, "overlap_px": overlap_px,
+        "bands": bands, "ranges": ranges, "mean": MEAN, "std": STD, "tile_px": tile_px, "overlap_px": overlap_px,
         "resolution_m": resolution_m, "resampling": "bilinear",
     }  # fmt: skip
 
@@ -87,7 +93,7 @@ def task_specs(model: Model) -> dict[str, Any]:
             "max_boxes_per_tile": 1000, "memory": UNMEASURED,
         },
         "change": {
-            "input": input_spec(TILE_PX, OVERLAP_PX, (1.5, 5.0)), "head": "change.onnx",
+            "input": input_spec(TILE_PX, OVERLAP_PX, (1.5, 5.0), STEM_BANDS), "head": "change.onnx",
             "encoder_outputs": CHANGE_MAPS, "stride": change.STRIDE, "threshold": UNCHOSEN, "min_area_m2": 200.0,
             "min_area_px": 4, "memory": UNMEASURED,
         },
@@ -162,16 +168,17 @@ def make_bundle(data: Path, work: Path, out: Path, scenes: Path) -> None:
     write_manifest(folder, tasks, [])
     golden_probe(model, folder, scenes)
     write_manifest(folder, tasks, [])
-    runtime = Runtime(load_bundle(folder, allow_unsigned=True), cpu_engine(THREADS, UNBOUNDED))
-    tasks["detect"]["score_threshold"] = detect_threshold(runtime, data, work / "cache")
-    tasks["change"]["threshold"] = change_threshold(runtime, data)
+    draft = load_bundle(folder, allow_unsigned=True)
+    detect_cut = detect_threshold(Runtime(draft, cpu_engine(THREADS, UNBOUNDED)), data, CACHE)
+    change_cut, cut_by_others = change_threshold(draft, data)
+    tasks["detect"]["score_threshold"], tasks["change"]["threshold"] = detect_cut, change_cut
     tasks = {name: {**spec, "memory": measured_memory(folder, name)} for name, spec in tasks.items()}
     write_manifest(folder, tasks, [])
     accuracy = evaluations(data, folder)
     write_card(
         folder / CARD_NAME, name=NAME, licence=LICENCE, training_data=TRAINING_DATA, accuracy=accuracy,
-        stages=[p.manifest for p in parts], baseline=consensus(data, work),
-        thresholds=(tasks["detect"]["score_threshold"], tasks["change"]["threshold"]),
+        stages=[p.manifest for p in parts], baseline=consensus(data, work, CACHE),
+        thresholds=(detect_cut, change_cut), cut_by_others=cut_by_others, vectors=change_vectors(data),
         left_out=len(artifact.load(work / backbone.NAME).metrics["ucm_left_out"]),
     )  # fmt: skip
     write_manifest(folder, tasks, accuracy)

@@ -11,7 +11,8 @@ from edge_rsvlm.config.model import Model
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
-BandRole = Literal["red", "green", "blue", "nir", "validity"]
+BandRole = Literal["red", "green", "blue", "nir", "none", "validity"]
+"""``none`` is a channel that stays empty: the model has it, and the task never learnt it."""
 SourceDtype = Literal["uint8", "uint16", "float32"]
 
 

@@ -40,8 +40,8 @@ DEFAULTS: dict[str, Any] = {
     "label_smoothing": 0.1,
     "seed": 0,
 }
-SENTENCES = 5
-MOST_TOKENS = 30
+SENTENCES = 3  # of an image's five, at a time: they repeat each other
+MOST_TOKENS = 24
 IGNORE = -100
 TOKENIZER_NAME = "tokenizer.json"
 Batch = dict[str, Tensor]
@@ -111,8 +111,7 @@ def _batch_maker(parts: list[Part], config: dict[str, Any]) -> Callable[[], Batc
             sentences = part.sentences[image] if view == 0 else part.turnable[image]
             if sentences:
                 features.append(part.features[image, view])
-                targets.append([sentences[k] for k in rng.permutation(max(len(sentences), SENTENCES))[:SENTENCES]
-                                if k < len(sentences)])  # fmt: skip
+                targets.append([sentences[k] for k in rng.permutation(len(sentences))[:SENTENCES]])
         return {"c5": torch.from_numpy(np.stack(features)), **_padded(targets)}
 
     return make
