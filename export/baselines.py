@@ -1,9 +1,10 @@
 """What a trained model must beat.
 
-Captions: the consensus caption of the nearest training images. For each image, the captions of its NEIGHBOURS nearest training images (cosine of pretrained features) are pooled, and
-the one that shares most 1- to 4-grams with the others is the answer (after Devlin et al. 2015, "Exploring Nearest
-Neighbor Approaches for Image Captioning"). Change: smoothed change vector analysis (Malila 1980), with the best possible
-threshold, which nobody has. ``python -m edge_rsvlm.export.baselines`` prints both.
+Captions: the consensus caption of the nearest training images. For each image, the captions of its NEIGHBOURS nearest
+training images (cosine of pretrained features) are pooled, and the one that shares most 1- to 4-grams with the others
+is the answer (after Devlin et al. 2015, "Exploring Nearest Neighbor Approaches for Image Captioning"). Change: smoothed
+change vector analysis (Malila 1980), with the best possible threshold, which nobody has.
+``python -m edge_rsvlm.export.baselines`` prints both.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from edge_rsvlm.export.data.change import OVERLAP_PX, TILE_PX
 from edge_rsvlm.export.data.views import MEAN, S2_RANGE, STD, U8_RANGE
 from edge_rsvlm.export.model import change, detect
 from edge_rsvlm.export.model.encoder import STEM_BANDS
-from edge_rsvlm.export.model_card import CARD_NAME, write_card
+from edge_rsvlm.export.model_card import CARD_NAME, CardFacts, write_card
 from edge_rsvlm.export.score import evaluations
 from edge_rsvlm.export.stages import backbone, caption, joint
 from edge_rsvlm.export.stages import change as change_stage
@@ -175,12 +175,12 @@ def make_bundle(data: Path, work: Path, out: Path, scenes: Path) -> None:
     tasks = {name: {**spec, "memory": measured_memory(folder, name)} for name, spec in tasks.items()}
     write_manifest(folder, tasks, [])
     accuracy = evaluations(data, folder)
-    write_card(
-        folder / CARD_NAME, name=NAME, licence=LICENCE, training_data=TRAINING_DATA, accuracy=accuracy,
-        stages=[p.manifest for p in parts], baseline=consensus(data, work, CACHE),
-        thresholds=(detect_cut, change_cut), cut_by_others=cut_by_others, vectors=change_vectors(data),
-        left_out=len(artifact.load(work / backbone.NAME).metrics["ucm_left_out"]),
+    facts = CardFacts(
+        NAME, LICENCE, TRAINING_DATA, accuracy, [p.manifest for p in parts], detect_cut, change_cut, cut_by_others,
+        consensus(data, work, CACHE), change_vectors(data),
+        len(artifact.load(work / backbone.NAME).metrics["ucm_left_out"]),
     )  # fmt: skip
+    write_card(folder / CARD_NAME, facts)
     write_manifest(folder, tasks, accuracy)
     size = sum(p.stat().st_size for p in folder.iterdir())
     if size > MOST_BYTES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from edge_rsvlm.export.model.detect import CLASSES
 
 CARD_NAME = "MODEL_CARD.md"
 
-TEXT = """# {name}
+TEXT = """# {facts.name}
 
 One visual encoder (MobileNetV2 1.0, ImageNet-initialised, five-channel stem: red, green, blue, near infrared, validity)
 with three heads: boxes ({classes}), change between two dates, and a 4-layer Llama-architecture decoder that writes
@@ -25,21 +26,21 @@ captions. Weights are stored in half precision, arithmetic is float32. Made by `
 {data}
 
 Nothing listed in `export/held_out/`, no image of UCM-Captions' validation part, and no UCM image that shows the same
-place as one of those ({left_out} of them) was trained on. The official test splits were not available.
+place as one of those ({facts.left_out} of them) was trained on. The official test splits were not available.
 
 ## Scores
 
 On held-out images, through the whole pipeline, with bootstrap 95 % intervals over images. The threshold of boxes
-({detect:.2f}) was chosen on crops of training images, that of change ({change:.2f}) on held-out cities: what the others
-choose for each is {others}.
+({facts.detect_threshold:.2f}) was chosen on crops of training images, that of change ({facts.change_threshold:.2f}) on
+held-out cities: what the others choose is {others}.
 
 | data | measure | value | 95 % interval | images |
 |---|---|---|---|---|
 {scores}
 
 Simple baselines on the same images (`python -m edge_rsvlm.export.baselines`): the consensus of the captions of the five
-nearest training images (ImageNet MobileNetV2 features) has CIDEr {baseline.cider:.2f} and BLEU-4 {baseline.bleu4:.3f};
-smoothed change vector analysis on the OSCD cities, at its best possible threshold, has F1 {vectors:.3f}.
+nearest training images (ImageNet MobileNetV2 features) has CIDEr {facts.consensus.cider:.2f} and BLEU-4
+{facts.consensus.bleu4:.3f}; smoothed change vector analysis on the OSCD cities, at its best possible threshold, has F1 {facts.change_vectors:.3f}.
 
 Commands that reproduce the rows:
 
@@ -64,31 +65,39 @@ Commands that reproduce the rows:
 """
 
 
-def write_card(
-    path: Path,
-    *,
-    name: str,
-    licence: str,
-    training_data: Sequence[str],
-    accuracy: Sequence[dict[str, Any]],
-    stages: Sequence[dict[str, Any]],
-    baseline: ConsensusScore,
-    thresholds: tuple[float, float],
-    cut_by_others: dict[str, float],
-    vectors: float,
-    left_out: int,
-) -> None:
-    commands = list(dict.fromkeys(row["command"] for row in accuracy))
-    path.write_text(
-        TEXT.format(
-            name=name, licence=licence[0].upper() + licence[1:], classes=", ".join(CLASSES), left_out=left_out,
-            data="\n".join(f"- {item}" for item in training_data), scores="\n".join(map(_row, accuracy)),
-            vectors=vectors, detect=thresholds[0], change=thresholds[1],
-            others=", ".join(f"{city} {cut:.2f}" for city, cut in cut_by_others.items()), baseline=baseline,
-            commands="\n".join(commands), training="\n".join(map(_stage, stages)),
-        ),
-        encoding="utf-8",
-    )  # fmt: skip
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card tells. ``accuracy`` are entries of the manifest, ``stages`` the manifests of the artifacts.
+
+    ``cut_by_others`` has, per held-out city, the change threshold that the other cities choose; ``change_vectors`` is
+    the F1 of that baseline; ``left_out`` counts UCM images too much like a validation image.
+    """
+
+    name: str
+    licence: str
+    training_data: Sequence[str]
+    accuracy: Sequence[dict[str, Any]]
+    stages: Sequence[dict[str, Any]]
+    detect_threshold: float
+    change_threshold: float
+    cut_by_others: dict[str, float]
+    consensus: ConsensusScore
+    change_vectors: float
+    left_out: int
+
+
+def write_card(path: Path, facts: CardFacts) -> None:
+    text = TEXT.format(
+        facts=facts,
+        licence=facts.licence[0].upper() + facts.licence[1:],
+        classes=", ".join(CLASSES),
+        data="\n".join(f"- {item}" for item in facts.training_data),
+        scores="\n".join(map(_row, facts.accuracy)),
+        others=", ".join(f"{cut:.2f} for {city}" for city, cut in facts.cut_by_others.items()),
+        commands="\n".join(dict.fromkeys(row["command"] for row in facts.accuracy)),
+        training="\n".join(map(_stage, facts.stages)),
+    )
+    path.write_text(text, encoding="utf-8")
 
 
 def _row(row: dict[str, Any]) -> str:
