@@ -15,8 +15,8 @@ CARD_NAME = "MODEL_CARD.md"
 TEXT = """# {facts.name}
 
 One visual encoder (MobileNetV2 1.0, ImageNet-initialised, five-channel stem: red, green, blue, near infrared, validity)
-with three heads: boxes ({classes}), change between two dates, and a 4-layer Llama-architecture decoder that writes
-captions. Weights are stored in half precision, arithmetic is float32. Made by `python -m edge_rsvlm.export.train` and
+with three heads: boxes, change between two dates, and a 4-layer Llama-architecture decoder that writes captions.
+Classes of boxes: {classes}. Weights are stored in half precision, arithmetic is float32. Made by `python -m edge_rsvlm.export.train` and
 `python -m edge_rsvlm.export.make_bundle`, on a CPU.
 
 ## Licence and training data
@@ -31,7 +31,7 @@ place as one of those ({facts.left_out} of them) was trained on. The official te
 ## Scores
 
 On held-out images, through the whole pipeline, with bootstrap 95 % intervals over images. The threshold of boxes
-({facts.detect_threshold:.2f}) was chosen on crops of training images, that of change ({facts.change_threshold:.2f}) on
+({facts.detect_threshold:.3g}) was chosen on crops of training images, that of change ({facts.change_threshold:.3g}) on
 held-out cities: what the others choose is {others}.
 
 | data | measure | value | 95 % interval | images |
@@ -60,6 +60,8 @@ Commands that reproduce the rows:
   name what scenes of these sets show; numbers above a handful are guesses.
 - Boxes: `helicopter`, `boat` and `bus` were seen a few dozen times. Images were trained at 0.1 to 1 m per pixel;
   nothing is found at 10 m.
+- Change brings the earlier date to the radiometry of the later one, from statistics of the whole scene: where most of a
+  small scene changed, that hides part of it.
 - Change was trained on a few cities (Sentinel-2, 10 m) and old aerial photographs. It has learnt buildings and
   earthworks, not floods, fires or harvests; the season of both dates should agree.
 - Near infrared was seen in Sentinel-2 pairs only; boxes and captions use red, green and blue.

@@ -27,8 +27,8 @@ from edge_rsvlm.pipeline.detect import DetectQuery, detect
 from edge_rsvlm.pipeline.outcome import Deadline, Outcome
 from edge_rsvlm.pipeline.prefetch import prefetch
 from edge_rsvlm.pipeline.runtime import Pace, Runtime
+from edge_rsvlm.pipeline.scaling import radiometry
 from edge_rsvlm.pipeline.session import Limits, Session
-from edge_rsvlm.pipeline.stream import radiometry
 from edge_rsvlm.pipeline.views import scene_view
 from edge_rsvlm.raster.reader import Raster, open_raster
 from edge_rsvlm.types import Georeference
@@ -192,6 +192,7 @@ def dates(tmp_path):
     after[:, 180:230, 20:90] = 255
     for image in (before, after):
         image[:, 100:160, 200:260] = 0
+        image[:, 270:] = 255  # what both dates show alike, so that their radiometry agrees
     options = {"nodata": 0, **UTM}
     return write(tmp_path / "before.tif", before, **options), write(tmp_path / "after.tif", after, **options)
 

@@ -25,7 +25,7 @@ class InputSpec(Model):
     """How raster pixels become tiles of one task.
 
     A value x of a source dtype with range (lo, hi) becomes ((x - lo) / (hi - lo) - mean) / std. Ranges are fixed:
-    statistics of a tile or a scene would make seams. Bands that the raster lacks, and invalid pixels, are 0.
+    statistics of a tile would make seams. Bands that the raster lacks, and invalid pixels, are 0.
     """
 
     bands: tuple[BandRole, ...] = Field(min_length=1)

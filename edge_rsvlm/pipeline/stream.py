@@ -13,18 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import InputSpec, SourceDtype
-from edge_rsvlm.errors import InputError
+from edge_rsvlm.config.manifest import InputSpec
 from edge_rsvlm.pipeline.outcome import Deadline, Outcome, Progress
 from edge_rsvlm.pipeline.prefetch import prefetch
+from edge_rsvlm.pipeline.scaling import Scaling, scalings
 from edge_rsvlm.raster.plan import TileGrid, super_tiles
 from edge_rsvlm.raster.reader import Raster
-from edge_rsvlm.tiles import ABSENT, VALIDITY, GatherResult, tile_gather
+from edge_rsvlm.tiles import GatherResult, tile_gather
 from edge_rsvlm.types import Pixels, Window
 
 BATCHES_AHEAD = 2
-FLOAT_MOST = 2.0
-"""Reflectance exceeds 1 on snow, clouds and glint, and no 8-bit image is as dark as this."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class View:
 def tile_batches(view: View, *, batch: int, read_pixels: int, threads: int, outcome: Outcome) -> Iterator[TileBatch]:
     """All tiles of ``view`` in raster order of super-tiles, ``batch`` at most at a time."""
     with outcome.clock("read"):
-        ranges = [radiometry(view.spec, raster, outcome) for raster in view.rasters]
+        scales = scalings(view.spec, view.rasters, outcome)
     grid, to_raster = view.grid(), np.tile(view.to_raster_xy, 2)
     plan = list(super_tiles(grid, view.rasters[0].block_hw, read_pixels))
     order = np.array([i for part in plan for i in part.tiles])
@@ -112,8 +110,7 @@ def tile_batches(view: View, *, batch: int, read_pixels: int, threads: int, outc
             cores = np.array([grid.core(i) for i in chosen], np.float64)
             with outcome.clock("tiles"):
                 gathered = [
-                    gather(pixels, raster, view, boxes, values, threads)
-                    for pixels, raster, values in zip(dates, view.rasters, ranges, strict=True)
+                    gather(pixels, view, boxes, scaling, threads) for pixels, scaling in zip(dates, scales, strict=True)
                 ]
             done += len(chosen)
             yield TileBatch(
@@ -127,77 +124,22 @@ def tile_batches(view: View, *, batch: int, read_pixels: int, threads: int, outc
             )
 
 
-def gather(
-    pixels: Pixels,
-    raster: Raster,
-    view: View,
-    boxes_N4: NDArray[np.float64],
-    values: tuple[float, float],
-    threads: int,
-) -> GatherResult:
-    """Model tiles of ``boxes_N4`` (read pixels) as the input spec defines them; ``values`` are its range for them."""
-    spec, (low, high) = view.spec, values
-    gain, bias = 1 / ((high - low) * spec.std), (-low / (high - low) - spec.mean) / spec.std
-    bands = source_bands(spec, raster)
+def gather(pixels: Pixels, view: View, boxes_N4: NDArray[np.float64], scaling: Scaling, threads: int) -> GatherResult:
+    """Model tiles of ``boxes_N4`` (read pixels) as the input spec defines them."""
+    spec = view.spec
     return tile_gather(
         pixels.data_CHW,
         boxes_N4,
         out_hw=(spec.tile_px, spec.tile_px),
-        bands=bands,
-        gain=[gain] * len(bands),
-        bias=[bias] * len(bands),
+        bands=scaling.bands,
+        gain=scaling.gain,
+        bias=scaling.bias,
         layout="CHW",
         origin=(pixels.window.col, pixels.window.row),
         raster_size=view.read_size,
         valid=pixels.valid_HW,
         threads=threads,
     )
-
-
-def radiometry(spec: InputSpec, raster: Raster, outcome: Outcome) -> tuple[float, float]:
-    """The values (dark, bright) of the input spec that this raster's pixels are scaled by; one choice per raster.
-
-    8 and 16 bits unsigned have a range of their own. Signed and wider integers are taken as counts of reflectance, as
-    16 bits are. Floating point is taken for what a sample of it looks like: reflectance, 8-bit values or counts. What
-    was assumed, and values far outside of it, are said in the outcome's warnings.
-    """
-    if raster.dtype == np.uint8:
-        return _range(spec, "uint8", raster)
-    sample = raster.sample()
-    bright = float(np.quantile(sample, 0.98)) if len(sample) else 0.0
-    kind: SourceDtype = "uint16"
-    if raster.dtype == np.float32 and (raster.scaled or raster.source_dtype.kind in "fc"):
-        kind = "float32" if bright <= FLOAT_MOST else "uint8" if bright <= 255 else "uint16"
-    low, high = _range(spec, kind, raster)
-    # Clouds and snow lie beyond the range; an image that does altogether is one white sheet to the model.
-    said = ""
-    if len(sample) and float(np.median(sample)) > high:
-        said = (
-            f"most pixels exceed {high:g}, which is the brightest that the model knows in such data: "
-            f"scale them (gdal_translate -ot Byte -scale 0 {bright:g} 0 255)"
-        )
-    elif kind != raster.dtype:
-        said = f"its {raster.source_dtype} pixels are taken to run from {low:g} to {high:g}"
-    if said and said not in outcome.warnings:
-        outcome.warnings.append(said)
-    return low, high
-
-
-def _range(spec: InputSpec, kind: SourceDtype, raster: Raster) -> tuple[float, float]:
-    if kind in spec.ranges:
-        return spec.ranges[kind]
-    raise InputError(
-        f"{raster.name}: pixels are {raster.source_dtype} and the model takes {', '.join(spec.ranges)}",
-        fix="convert it: gdal_translate -ot Byte -scale INPUT OUTPUT.tif",
-    )
-
-
-def source_bands(spec: InputSpec, raster: Raster) -> list[int]:
-    """The source band of each model channel; a single gray band stands for red, green and blue."""
-    roles = {role: i for i, role in enumerate(raster.band_roles)}
-    if "red" not in roles and "gray" in roles:
-        roles |= dict.fromkeys(("red", "green", "blue"), roles["gray"])
-    return [VALIDITY if role == "validity" else roles.get(role, ABSENT) for role in spec.bands]
 
 
 def paced(

@@ -28,6 +28,7 @@ from edge_rsvlm.export.data.views import (
 )
 from edge_rsvlm.export.model.change import STRIDE
 from edge_rsvlm.export.splits import held_out
+from edge_rsvlm.raster.radiometry import Samples, matched
 from edge_rsvlm.tiles import VALIDITY, tile_gather
 
 F32 = npt.NDArray[np.float32]
@@ -71,7 +72,7 @@ def oscd_pair(folder: Path) -> Pair:
     with rasterio.open(folder / "change.tif") as raster:
         mask = (raster.read(1) > 0).astype(np.uint8)
     step = (RESOLUTION_M / pixel_m[0], RESOLUTION_M / pixel_m[1])
-    return Pair(folder.name, dates[0], dates[1], mask, step, BGRN_BANDS, S2_RANGE)
+    return Pair(folder.name, in_one_radiometry(*dates), dates[1], mask, step, BGRN_BANDS, S2_RANGE)
 
 
 def sztaki_pair(folder: Path, step: float = 1.0) -> Pair:
@@ -79,7 +80,16 @@ def sztaki_pair(folder: Path, step: float = 1.0) -> Pair:
     files = {p.stem: p for p in folder.iterdir()}
     before, after = (np.asarray(Image.open(files[n]).convert("RGB")) for n in ("t1", "t2"))
     mask = (np.asarray(Image.open(files["change"]).convert("L")) > 127).astype(np.uint8)
+    before = in_one_radiometry(before, after)
     return Pair(folder.name, before, after, mask, (step, step), RGB_BANDS, U8_RANGE, SZTAKI_WEIGHT)
+
+
+def in_one_radiometry(before_HWC: npt.NDArray[Any], after_HWC: npt.NDArray[Any]) -> F32:
+    """BEFORE as the runtime matches it to AFTER, here from every pixel."""
+    bands = before_HWC.shape[2]
+    samples = Samples(*(date.reshape(-1, bands).astype(np.float32) for date in (before_HWC, after_HWC)))
+    gain, offset = matched(samples)
+    return (before_HWC * gain + offset).astype(np.float32)
 
 
 def training_pairs(data: Path) -> list[Pair]:
