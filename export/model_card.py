@@ -16,7 +16,9 @@ TEXT = """# {facts.name}
 
 One visual encoder (MobileNetV2 1.0, ImageNet-initialised, five-channel stem: red, green, blue, near infrared, validity)
 with three heads: boxes, change between two dates, and a 4-layer Llama-architecture decoder that writes captions.
-Classes of boxes: {classes}. Weights are stored in half precision, arithmetic is float32. Made by `python -m edge_rsvlm.export.train` and
+Classes of boxes: {classes}.
+
+Weights are stored in half precision, arithmetic is float32. Made by `python -m edge_rsvlm.export.train` and
 `python -m edge_rsvlm.export.make_bundle`, on a CPU.
 
 ## Licence and training data
