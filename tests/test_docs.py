@@ -31,13 +31,12 @@ def test_reference_is_up_to_date():
     assert (ROOT / "docs" / "cli.md").read_text() == markdown(), "run: python -m edge_rsvlm.cli.reference > docs/cli.md"
 
 
-@pytest.mark.parametrize(("command", "shown"), console_blocks(), ids=lambda text: text.splitlines()[0][:50])
+@pytest.mark.parametrize(("command", "shown"), console_blocks(), ids=[c[:50] for c, _ in console_blocks()])
 def test_readme_commands(command, shown, tmp_path):
     if command.startswith("make"):
         assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
-    for name in ("edge_rsvlm",):
-        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "edge_rsvlm").symlink_to(ROOT / "edge_rsvlm")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     run = subprocess.run(
         command, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True
