@@ -57,11 +57,20 @@ def peak_anonymous_bytes(command: list[str]) -> int:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_memory_is_flat_and_under_the_budget(task, rasters, tmp_path, record_property):
-    peaks = []
-    for side in SIDES_PX:
-        command = [EXECUTABLE, task, *[str(rasters[side])] * TASKS[task], "--memory", f"{BUDGET_MIB}MiB"]
-        peaks.append(peak_anonymous_bytes([*command, "--output", str(tmp_path / f"{side}.geojson")]))
+def test_memory_is_flat(task, rasters, tmp_path):
+    """With room to spare: under a tight budget the plan differs from raster to raster."""
+    peaks = [peak_anonymous_bytes(command(task, rasters[side], tmp_path)) for side in SIDES_PX]
     print(f"{task}: " + ", ".join(f"{s} px {p / 2**20:.0f} MiB" for s, p in zip(SIDES_PX, peaks, strict=True)))
     assert peaks[1] <= FLAT_WITHIN * peaks[0]
-    assert max(peaks) <= BUDGET_MIB << 20
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_memory_stays_under_the_budget(task, rasters, tmp_path):
+    limited = [*command(task, rasters[SIDES_PX[-1]], tmp_path), "--memory", f"{BUDGET_MIB}MiB"]
+    peak = peak_anonymous_bytes(limited)
+    print(f"{task}: {peak / 2**20:.0f} of {BUDGET_MIB} MiB")
+    assert peak <= BUDGET_MIB << 20
+
+
+def command(task, raster, folder):
+    return [EXECUTABLE, task, *[str(raster)] * TASKS[task], "--output", str(folder / "out.geojson")]
