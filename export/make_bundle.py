@@ -93,7 +93,7 @@ def task_specs(model: Model) -> dict[str, Any]:
             "max_boxes_per_tile": 1000, "memory": UNMEASURED,
         },
         "change": {
-            "input": input_spec(TILE_PX, OVERLAP_PX, (1.5, 5.0), STEM_BANDS), "head": "change.onnx",
+            "input": input_spec(TILE_PX, OVERLAP_PX, (1.5, 6.4), STEM_BANDS), "head": "change.onnx",
             "encoder_outputs": CHANGE_MAPS, "stride": change.STRIDE, "threshold": UNCHOSEN, "min_area_m2": 200.0,
             "min_area_px": 4, "memory": UNMEASURED,
         },
