@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from edge_rsvlm.geo import PixelMapper, box_ring, feature_geometry
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.runtime import Pace, Runtime, caption_task
-from edge_rsvlm.pipeline.stream import View, paced, tile_batches
+from edge_rsvlm.pipeline.stream import View, scene_batches
 from edge_rsvlm.tasks.caption import summarise
 from edge_rsvlm.tasks.encode import encode
 
@@ -29,10 +28,7 @@ def caption(runtime: Runtime, view: View, pace: Pace, emit: Emit) -> CaptionOutc
     outcome.warnings += [*view.warnings, *([mapper.warning] if mapper.warning else [])]
     captions: list[str] = []
     weights: list[float] = []
-    batches = tile_batches(
-        view, batch=pace.plan.batch, read_pixels=pace.plan.read_pixels, threads=pace.threads, outcome=outcome
-    )
-    with closing(paced(batches, view, outcome, pace.deadline, pace.progress)) as source:
+    with scene_batches(view, pace, outcome) as source:
         for tiles in source:
             kept = np.flatnonzero(tiles.valid_fraction_N > 0)
             if not len(kept):

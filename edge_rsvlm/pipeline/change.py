@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from edge_rsvlm.merge.regions import Region, RegionMerger
 from edge_rsvlm.pipeline.canvas import LEVELS, UNKNOWN, ProbabilityCanvas, sample
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.runtime import Pace, Runtime, change_task
-from edge_rsvlm.pipeline.stream import TileBatch, View, paced, tile_batches
+from edge_rsvlm.pipeline.stream import TileBatch, View, scene_batches
 from edge_rsvlm.tasks.encode import encode
 
 STRIP_PIXELS = 1 << 18
@@ -115,10 +114,7 @@ def change(runtime: Runtime, view: View, pace: Pace, emit: Emit, mask_rows: Mask
                 if mask_rows:
                     mask_rows(row, rows)
 
-    batches = tile_batches(
-        view, batch=pace.plan.batch, read_pixels=pace.plan.read_pixels, threads=pace.threads, outcome=outcome
-    )
-    with closing(paced(batches, view, outcome, pace.deadline, pace.progress)) as source:
+    with scene_batches(view, pace, outcome) as source:
         for tiles in source:
             with outcome.clock("engine"):
                 kept = np.flatnonzero(tiles.valid_fraction_N > 0)

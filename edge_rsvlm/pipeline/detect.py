@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ from edge_rsvlm.geo import PixelMapper, box_ring, feature_geometry
 from edge_rsvlm.merge.boxes import BoxMerger, concatenate, empty_boxes
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.runtime import Pace, Runtime, detect_task
-from edge_rsvlm.pipeline.stream import TileBatch, View, paced, tile_batches
+from edge_rsvlm.pipeline.stream import TileBatch, View, scene_batches
 from edge_rsvlm.tasks.encode import encode
 from edge_rsvlm.types import Boxes
 
@@ -53,10 +52,7 @@ def detect(runtime: Runtime, view: View, query: DetectQuery, pace: Pace, emit: E
             record = {"label": task.classes[label], "score": round(float(score), 4), "box": box}
             emit(record, feature_geometry([box_ring(xyxy)], mapper))
 
-    batches = tile_batches(
-        view, batch=pace.plan.batch, read_pixels=pace.plan.read_pixels, threads=pace.threads, outcome=outcome
-    )
-    with closing(paced(batches, view, outcome, pace.deadline, pace.progress)) as source:
+    with scene_batches(view, pace, outcome) as source:
         for tiles in source:
             with outcome.clock("engine"):
                 kept = np.flatnonzero(tiles.valid_fraction_N > 0)

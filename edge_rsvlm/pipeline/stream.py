@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from edge_rsvlm.config.manifest import InputSpec
 from edge_rsvlm.pipeline.outcome import Deadline, Outcome, Progress
 from edge_rsvlm.pipeline.prefetch import prefetch
+from edge_rsvlm.pipeline.runtime import Pace
 from edge_rsvlm.pipeline.scaling import Scaling, scalings
 from edge_rsvlm.raster.plan import TileGrid, super_tiles
 from edge_rsvlm.raster.reader import Raster
@@ -140,6 +142,15 @@ def gather(pixels: Pixels, view: View, boxes_N4: NDArray[np.float64], scaling: S
         valid=pixels.valid_HW,
         threads=threads,
     )
+
+
+@contextmanager
+def scene_batches(view: View, pace: Pace, outcome: Outcome) -> Iterator[Iterator[TileBatch]]:
+    """The tiles of a scene as ``pace`` asks for them; leave the block before the rasters are closed."""
+    plan = pace.plan
+    made = tile_batches(view, batch=plan.batch, read_pixels=plan.read_pixels, threads=pace.threads, outcome=outcome)
+    with closing(paced(made, view, outcome, pace.deadline, pace.progress)) as batches:
+        yield batches
 
 
 def paced(
