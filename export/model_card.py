@@ -61,8 +61,8 @@ Commands that reproduce the rows:
 - Few images stand behind several rows: read the intervals, not the values.
 - Captions speak the language of UCM-Captions and RSICD: about 2,300 words, many of them misspelt in the source. They
   name what scenes of these sets show; numbers above a handful are guesses.
-- Boxes seen in training: airplane 5,369, car 1,237, van 209, truck 199, boat 183, bus 123, helicopter 6. Only airplanes,
-  and vehicles as one class, are scored above. Images had about 0.1 to 1 m per pixel; coarser ones were not tried.
+- Boxes seen in training: airplane 5,369, car 1,237, van 209, truck 199, boat 183, bus 123, helicopter 6. Scored above
+  are only airplanes, and vehicles as one class. Images had about 0.1 to 1 m per pixel; coarser ones were not tried.
 - Change brings the earlier date to the radiometry of the later one, from statistics of the whole scene: where most of a
   small scene changed, that hides part of it.
 - Change was trained on a few cities (Sentinel-2, 10 m) and old aerial photographs. It has learnt buildings and
