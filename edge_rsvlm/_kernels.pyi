@@ -16,6 +16,8 @@ def tile_gather_into(
     tiles: NDArray[Any],
     valid_fraction_N: NDArray[Any],
     texture_N: NDArray[Any],
+    resampling: str,
+    pillow_rounding: bool,
     threads: int,
     variant: str,
 ) -> None: ...

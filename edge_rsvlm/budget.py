@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edge_rsvlm.config.manifest import InputSpec, TaskMemory
+from edge_rsvlm.config.manifest import TaskMemory
 from edge_rsvlm.config.units import format_bytes
 from edge_rsvlm.errors import BudgetError
 
@@ -31,17 +31,21 @@ SLACK = 1.10
 class Demand:
     """What one task asks of one input; ``dates`` is 2 for change.
 
-    ``scale_xy`` are pixels as read (of the raster or an overview) per tile pixel, ``width`` pixels of the raster.
-    ``resident_bytes`` stay decoded for as long as the input is open. ``canvas_rows`` is how many rows of the raster the
-    results of two rows of tiles cover.
+    ``tile_bytes`` is one tile as the model takes it with what preparing it holds, of one date; ``cache_bytes`` are the
+    key-value caches of one. The input has ``tiles``, of ``tile_px``. ``scale_xy`` are pixels as read (of the raster or
+    an overview) per tile pixel, ``width`` pixels of the raster. ``resident_bytes`` stay decoded for as long as the
+    input is open. ``canvas_rows`` is how many rows of the raster the results of two rows of tiles cover.
     """
 
     task: str
-    input: InputSpec
     memory: TaskMemory
-    bytes_per_pixel: int
-    scale_xy: tuple[float, float]
-    width: int
+    tile_px: int
+    tile_bytes: int
+    tiles: int
+    cache_bytes: int = 0
+    bytes_per_pixel: int = 0
+    scale_xy: tuple[float, float] = (1.0, 1.0)
+    width: int = 1
     resident_bytes: int = 0
     canvas_rows: int = 0
     dates: int = 1
@@ -106,7 +110,7 @@ def _plan(demands: Sequence[Demand], base: int, batch: int, read_pixels: int) ->
     items = [
         ("process", base),
         # Sessions stay open from task to task; the arena's peak is that of the largest.
-        ("engine", sum(d.memory.session_bytes for d in demands) + max(d.memory.tile_bytes for d in demands) * batch),
+        ("engine", sum(d.memory.session_bytes for d in demands) + most("engine")),
         ("raster", RASTER_CACHE_BYTES + most("pixels")),
         ("tiles", most("tiles")),
         ("results", RESULTS_BYTES + most("canvas")),
@@ -115,14 +119,18 @@ def _plan(demands: Sequence[Demand], base: int, batch: int, read_pixels: int) ->
 
 
 def _sizes(demand: Demand, batch: int, read_pixels: int) -> dict[str, int]:
-    spec = demand.input
     halo_px = max(demand.scale_xy) * 2 + 2
-    smallest_read = math.prod(spec.tile_px * scale + halo_px for scale in demand.scale_xy)
+    smallest_read = math.prod(demand.tile_px * scale + halo_px for scale in demand.scale_xy)
     pixels = math.ceil(max(read_pixels, smallest_read))
     # One copy as decoded, one as handed to the tiles, for each date.
     read_bytes = 2 * pixels * demand.bytes_per_pixel * demand.dates + demand.resident_bytes
-    tile_bytes = 4 * len(spec.bands) * spec.tile_px**2 * demand.dates
-    magnification = demand.canvas_rows / (2 * spec.tile_px * demand.scale_xy[1])
+    in_flight = min(batch * TILE_BATCHES_IN_FLIGHT, demand.tiles)
+    at_once = min(batch, demand.tiles)
+    magnification = demand.canvas_rows / (2 * demand.tile_px * demand.scale_xy[1])
     rows = demand.canvas_rows + math.ceil(pixels * magnification**2 / max(demand.width, 1))
-    canvas = demand.width * rows * 3 if demand.task == "change" else 0
-    return {"pixels": read_bytes, "tiles": tile_bytes * batch * TILE_BATCHES_IN_FLIGHT, "canvas": canvas}
+    return {
+        "pixels": read_bytes,
+        "tiles": demand.tile_bytes * demand.dates * in_flight,
+        "engine": (demand.memory.tile_bytes + demand.cache_bytes) * at_once,
+        "canvas": demand.width * rows * 3 if demand.task == "change" else 0,
+    }

@@ -38,10 +38,9 @@ def _kernels() -> dict[str, Any]:
 def _engines() -> dict[str, Any]:
     engines: dict[str, Any] = {}
     if importlib.util.find_spec("onnxruntime"):
-        import onnxruntime
+        from edge_rsvlm.engines.onnxruntime import VERSION, ort
 
-        providers = onnxruntime.get_available_providers()
-        engines["onnxruntime"] = {"version": onnxruntime.__version__, "providers": providers, "used": "CPU"}
+        engines["onnxruntime"] = {"version": VERSION, "providers": ort.get_available_providers(), "used": "CPU"}
     else:
         engines["onnxruntime"] = {"missing": "pip install onnxruntime"}
     return engines

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edge_rsvlm.budget import Demand, MemoryPlan
+from edge_rsvlm.config.manifest import AnswerTask
 from edge_rsvlm.errors import BudgetError
-from edge_rsvlm.pipeline.session import Session
+from edge_rsvlm.pipeline.ask import read_features
+from edge_rsvlm.pipeline.runtime import task_of
+from edge_rsvlm.pipeline.session import Session, features_demand
 from edge_rsvlm.pipeline.stream import View
 from edge_rsvlm.raster.align import open_aligned
 from edge_rsvlm.raster.reader import open_raster
@@ -23,24 +26,32 @@ class TaskPlan:
     refusal: str | None
 
 
-def plan_image(session: Session, path: str, task: str) -> TaskPlan:
-    """The plan of ``caption`` or ``detect`` over one image."""
+def plan_image(session: Session, path: str, verb: str) -> TaskPlan:
+    """The plan of a task other than ``change`` over one image; InputError for an image of another kind."""
+    task = task_of(session.bundle.manifest, verb)
+    if isinstance(task, AnswerTask) and task.input is None:
+        return _admit(session, features_demand(task, read_features(path).nbytes), "all regions")
     with open_raster(path) as raster:
-        view, needs = (session.caption_demand if task == "caption" else session.detect_demand)(raster)
-        return _admit(session, task, view, needs)
+        view, needs = session.demand(verb, raster)
+        return _admit(session, needs, _scale(view))
 
 
 def plan_pair(session: Session, before: str, after: str) -> TaskPlan:
     """The plan of ``change`` over one pair."""
     with open_raster(after) as later, open_aligned(before, later) as earlier:
         view, needs = session.change_demand(earlier, later)
-        return _admit(session, "change", view, needs)
+        return _admit(session, needs, _scale(view))
 
 
-def _admit(session: Session, task: str, view: View, needs: Demand) -> TaskPlan:
-    scale = " x ".join(f"{s:.2f}" for s in view.scale_xy)
+def _scale(view: View) -> str:
+    if view.whole:
+        return "the whole image"
+    return " x ".join(f"{s:.2f}" for s in view.scale_xy) + " raster px"
+
+
+def _admit(session: Session, needs: Demand, resolution: str) -> TaskPlan:
     try:
-        plan, refusal = session.admit([needs]), None
+        plan, refusal = session.admit(needs), None
     except BudgetError as exc:
         plan, refusal = None, str(exc)
-    return TaskPlan(task, len(view.grid()), f"{scale} raster px", plan, refusal)
+    return TaskPlan(needs.task, needs.tiles, resolution, plan, refusal)

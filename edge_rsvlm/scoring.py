@@ -250,6 +250,16 @@ def words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
+def accuracy_score(right_I: NDArray[np.int64], asked_I: NDArray[np.int64], label: str | None = None) -> Score:
+    """Share of questions answered right, pooled over images, which are resampled with all their questions."""
+    images = int((asked_I > 0).sum())
+    draws = resamples(len(asked_I), RESAMPLES)
+    right_R, asked_R = draws @ right_I, draws @ asked_I
+    sampled_R = np.divide(right_R, asked_R, out=np.full(len(draws), np.nan), where=asked_R > 0)
+    value = float(right_I.sum() / asked_I.sum()) if asked_I.any() else 0.0
+    return Score("accuracy", value, interval(sampled_R, images), images, label)
+
+
 def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
     """CIDEr and BLEU-4 of one sentence per image. Both sides are tokenised by ``words``, not by PTB (no Java).
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.pipeline.runtime import EngineFactory, Runtime, cpu_engine
-from edge_rsvlm.tasks.encode import encode
+from edge_rsvlm.bundle import Bundle, Rules, candidate
+from edge_rsvlm.bundle.contents import COPY_AGAIN, Problem
+from edge_rsvlm.bundle.zips import ZIP_ERRORS, open_zip
+from edge_rsvlm.config.manifest import Manifest, ProbeCase
+from edge_rsvlm.errors import BudgetError, BundleError
+from edge_rsvlm.types import InferenceSession
 
-UNBOUNDED = 0
+MOST_PROBE_BYTES = 1 << 30
+_INPUT, _OUTPUT = "in.", "out."
+OTHER_MACHINE = "do not use the bundle on this machine, and export it again"
+
+OpenGraph = Callable[[Path], InferenceSession]
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """One golden output: ``difference`` is the greatest absolute one (for captions 0 or 1: same or not)."""
+    """One golden output: the greatest difference, as a share of the greatest absolute value that it should have."""
 
+    graph: str
     output: str
     difference: float
     tolerance: float
@@ -28,46 +40,105 @@ class ProbeResult:
         return bool(self.difference <= self.tolerance)
 
 
-def replay_probe(bundle: Bundle, engine_factory: EngineFactory = cpu_engine) -> list[ProbeResult]:
-    """Run the golden inputs through every head and compare with the golden outputs.
+@dataclass(frozen=True)
+class Report:
+    """All that is wrong, and what the golden probe gave; it is replayed only where nothing is wrong before."""
 
-    Sides of boxes are compared relative to the box, and only where something was seen.
+    manifest: Manifest | None
+    trusted_by: str | None
+    problems: tuple[Problem, ...]
+    probe: tuple[ProbeResult, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+
+def verify(path: Path | None, rules: Rules, open_graph: OpenGraph | None = None) -> Report:
+    """Check the bundle in a folder or file (None: the packaged one). Nothing is remembered as accepted.
+
+    BundleError where there is no bundle to speak of.
     """
-    runtime = Runtime(bundle, engine_factory(1, UNBOUNDED))
-    with np.load(bundle.path(bundle.manifest.probe.file), allow_pickle=False) as stored:
-        golden = {name: stored[name] for name in stored.files}
-    tiles_NCHW = probe_tiles(golden["tiles"])
-    tolerance = bundle.manifest.probe.tolerance
-    found: list[ProbeResult] = []
-    for name, difference in _differences(runtime, tiles_NCHW, golden).items():
-        found.append(ProbeResult(name, difference, tolerance if name != "caption" else 0.0))
-    return found
+    problems: list[Problem] = []
+    with candidate(path, rules) as found:
+        try:
+            problems += found.problems()
+        except BundleError as exc:
+            problems.append(Problem.of("unreadable", exc))
+        if problems:
+            return Report(found.manifest, found.trusted_by, tuple(problems))
+        bundle = found.bundle()
+        results: list[ProbeResult] = []
+        for case in bundle.manifest.probe:
+            try:
+                results += replay(bundle, case, open_graph or cpu_graph)
+            except (BundleError, BudgetError) as exc:
+                problems.append(Problem.of("probe", exc))
+        problems += [_failure(result) for result in results if not result.passed]
+        return Report(bundle.manifest, bundle.trusted_by, tuple(problems), tuple(results))
 
 
-def probe_tiles(rgb_N3HW: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The probe's 8-bit RGB as model input: scaled to [-1, 1], no near infrared, everything valid."""
-    count, _, height, width = rgb_N3HW.shape
-    tiles = np.zeros((count, 5, height, width), np.float32)
-    tiles[:, :3] = rgb_N3HW.astype(np.float32) / np.float32(127.5) - 1
-    tiles[:, 4] = 1
-    return tiles
+def cpu_graph(path: Path) -> InferenceSession:
+    """The graph on one thread of onnxruntime, imported here: a bundle that is not whole needs no engine."""
+    from edge_rsvlm.engines.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(threads=1).open(path)
 
 
-def _differences(
-    runtime: Runtime, tiles_NCHW: NDArray[np.float32], golden: dict[str, NDArray[Any]]
-) -> dict[str, float]:
-    tasks, found = runtime.manifest.tasks, {}
-    if tasks.detect:
-        features = encode(runtime.encoder, tiles_NCHW, tasks.detect.encoder_outputs)
-        scores, ltrb = runtime.open(tasks.detect.head).run(features, ["scores", "ltrb"])
-        found["detect scores"] = float(np.abs(scores - golden["scores"]).max())
-        seen = np.broadcast_to(scores.max(axis=1, keepdims=True) > tasks.detect.score_threshold, ltrb.shape)
-        relative = np.abs(ltrb - golden["ltrb"]) / np.maximum(np.abs(golden["ltrb"]), tasks.detect.stride)
-        found["detect boxes"] = float(relative[seen].max(initial=0.0))
-    if tasks.change:
-        dates = [encode(runtime.encoder, tiles_NCHW[n : n + 1], tasks.change.encoder_outputs) for n in (0, 1)]
-        found["change"] = float(np.abs(runtime.change_detector(*dates) - golden["change"][:, 0]).max())
-    if tasks.caption:
-        features = encode(runtime.encoder, tiles_NCHW[:1], tasks.caption.encoder_outputs)
-        found["caption"] = float(runtime.captioner(features)[0] != str(golden["caption"]))
-    return found
+def replay(bundle: Bundle, case: ProbeCase, open_graph: OpenGraph = cpu_graph) -> list[ProbeResult]:
+    """Run one graph on its golden inputs; one result per golden output. BundleError where it does not run."""
+    golden = _load(bundle.path(case.file), case.file)
+    inputs = {name.removeprefix(_INPUT): array for name, array in golden.items() if name.startswith(_INPUT)}
+    expected = {name.removeprefix(_OUTPUT): array for name, array in golden.items() if name.startswith(_OUTPUT)}
+    if not expected or len(inputs) + len(expected) < len(golden):
+        raise BundleError(f"'{case.file}' is no golden probe: it needs arrays in.NAME and out.NAME", fix=COPY_AGAIN)
+    session = open_graph(bundle.path(bundle.manifest.graphs[case.graph].file))
+    actual = session.run(inputs, list(expected))
+    return [
+        ProbeResult(case.graph, name, difference(found, wanted), case.tolerance)
+        for found, (name, wanted) in zip(actual, expected.items(), strict=True)
+    ]
+
+
+def difference(actual: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Greatest absolute difference as a share of the greatest absolute expected value.
+
+    Infinite for another shape, other texts, or where one is not finite and the other is not the same; the plain
+    difference where every expected value is 0.
+    """
+    if actual.shape != expected.shape:
+        return float("inf")
+    if not (np.issubdtype(expected.dtype, np.number) or expected.dtype == np.bool_):
+        return 0.0 if np.array_equal(actual.astype(str), expected.astype(str)) else float("inf")
+    if not (np.issubdtype(actual.dtype, np.number) or actual.dtype == np.bool_):
+        return float("inf")
+    wanted, found = expected.astype(np.float64), actual.astype(np.float64)
+    odd = ~(np.isfinite(wanted) & np.isfinite(found))
+    if not np.array_equal(wanted[odd], found[odd], equal_nan=True):
+        return float("inf")
+    wanted, found = wanted[~odd], found[~odd]
+    scale = float(np.abs(wanted).max(initial=0.0)) or 1.0
+    return float(np.abs(found - wanted).max(initial=0.0)) / scale
+
+
+def _failure(result: ProbeResult) -> Problem:
+    text = f"'{result.graph}' gives another '{result.output}' here: off by {result.difference:.2e}"
+    return Problem("probe", f"{text}, at most {result.tolerance:.0e} is allowed", OTHER_MACHINE)
+
+
+def _load(path: Path, name: str) -> Arrays:
+    """The arrays of an ``.npz``, none of them pickled; BundleError where it is none."""
+    try:
+        with path.open("rb") as file:
+            unpacked_bytes = sum(member.file_size for member in _members(file))
+            if unpacked_bytes > MOST_PROBE_BYTES:
+                raise BundleError(f"'{name}' would unpack to {unpacked_bytes} bytes", fix="do not use this bundle")
+        with np.load(path, allow_pickle=False) as stored:
+            return {key: stored[key] for key in stored.files}
+    except (*ZIP_ERRORS, TypeError, KeyError, SyntaxError, MemoryError) as exc:
+        raise BundleError(f"'{name}' is no .npz that can be read: {exc}", fix=COPY_AGAIN) from exc
+
+
+def _members(file: Any) -> Iterator[zipfile.ZipInfo]:
+    with open_zip(file) as archive:
+        yield from archive.infolist()

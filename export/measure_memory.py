@@ -1,6 +1,6 @@
 """What a task takes of anonymous memory: run in a fresh process, one thread, as the memory plan assumes.
 
-``python -m edge_rsvlm.export.measure_memory BUNDLE TASK`` prints ``{"session_bytes": ..., "tile_bytes": ...}``.
+``python -m edge_rsvlm.export.measure_memory BUNDLE VERB`` prints ``{"session_bytes": ..., "tile_bytes": ...}``.
 """
 
 from __future__ import annotations
@@ -14,52 +14,85 @@ import numpy as np
 
 from edge_rsvlm.budget import process_bytes
 from edge_rsvlm.bundle import load_bundle
-from edge_rsvlm.pipeline.runtime import Runtime, caption_task, change_task, cpu_engine, detect_task
+from edge_rsvlm.config.manifest import AnswerTask, ChangeTask, DetectTask, GenerateTask, InputSpec, OpenDetectTask
+from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, task_of
+from edge_rsvlm.pipeline.scaling import per_channel
 from edge_rsvlm.tasks.encode import encode
+from edge_rsvlm.tasks.search import Sampling
+from edge_rsvlm.tiles.prepare import Prepared, prepare
 
 TILES = 4
 UNBOUNDED = 0
+TEXT = "how many airplanes are on the apron"
+REGIONS = 36
+ANSWER_TOKENS = 8
+"""Enough for a prefill and some steps; what the cache of a whole answer takes is counted apart."""
+Run = Callable[[int], object]
 
 
-def runner(runtime: Runtime, task: str) -> Callable[[int], None]:
-    """A function that runs the whole task on n random tiles; its sessions are opened here."""
-    encoder, manifest = runtime.encoder, runtime.manifest
-    spec = {"detect": manifest.tasks.detect, "change": manifest.tasks.change, "caption": manifest.tasks.caption}[task]
-    assert spec is not None
-    shape = (len(spec.input.bands), spec.input.tile_px, spec.input.tile_px)
-    rng = np.random.default_rng(0)
+def runner(runtime: Runtime, verb: str) -> Run:
+    """A function that runs the whole task on n random tiles."""
+    task = task_of(runtime.manifest, verb)
+    if isinstance(task, AnswerTask):
+        answerer, spec = runtime.answerer(task), task.input
+        return lambda n: answerer(pixels(spec, n) if spec else regions(runtime, task, n), TEXT)
+    if isinstance(task, DetectTask):
+        detector = runtime.detector(task)
+        return lambda n: detector(encode(runtime.open(task.encoder), pixels(task.input, n), task.encoder_outputs))
+    if isinstance(task, ChangeTask):
+        return lambda n: compare(runtime, task, n)
+    if isinstance(task, GenerateTask):
+        generator = runtime.generator(verb, task)
+        short = Sampling(temperature=0.0, max_tokens=min(ANSWER_TOKENS, task.max_tokens))
+        return lambda n: generator([prepared(task.input, k) for k in range(n)], TEXT, short)
+    if isinstance(task, OpenDetectTask):
+        detect = runtime.open_detector(task, ["airplane"])
+        return lambda n: detect(pixels(task.input, n))
+    matcher = runtime.matcher(verb, task)
+    return lambda n: (matcher.texts([TEXT]), matcher.images(pixels(task.input, n)))
 
-    def features(count: int) -> dict[str, np.ndarray]:
-        tiles = rng.uniform(-1, 1, (count, *shape)).astype(np.float32)
-        return encode(encoder, tiles, spec.encoder_outputs)
 
-    if task == "detect":
-        detector = runtime.detector(detect_task(manifest).score_threshold)
-        return lambda count: void(detector(features(count)))
-    if task == "change":
-        compare, _ = runtime.change_detector, change_task(manifest)
-        return lambda count: void(compare(features(count), features(count)))
-    captioner, _ = runtime.captioner, caption_task(manifest)
-    return lambda count: void(captioner(features(count)))
+def compare(runtime: Runtime, task: ChangeTask, count: int) -> object:
+    before_NCHW, after_NCHW = pixels(task.input, count), pixels(task.input, count)
+    return runtime.change_detector(task)(before_NCHW, after_NCHW)
 
 
-def void(_: object) -> None:
-    """Drop a result."""
+def prepared(spec: InputSpec, seed: int) -> Prepared:
+    """A random tile as the model sees it."""
+    rng, side = np.random.default_rng(seed), spec.tile_px
+    if not spec.prepare:
+        tile = rng.uniform(-1, 1, (1, len(spec.bands), side, side)).astype(np.float32)
+        return Prepared(tile, 1, 1, (1.0, 1.0, 0.0, 0.0))
+    image = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    mean, std = (per_channel(value, len(spec.bands)) for value in (spec.mean, spec.std))
+    return prepare(image, spec.prepare, mean, std)
+
+
+def pixels(spec: InputSpec, count: int) -> np.ndarray:
+    return np.concatenate([prepared(spec, seed).pixels_KCHW for seed in range(count)])
+
+
+def regions(runtime: Runtime, task: AnswerTask, count: int) -> np.ndarray:
+    """Random features, as wide as the task's golden probe says."""
+    case = next(case for case in runtime.manifest.probe if case.graph == task.graph)
+    with np.load(runtime.bundle.path(case.file), allow_pickle=False) as stored:
+        width = stored[f"in.{runtime.manifest.graphs[task.graph].inputs['features']}"].shape[-1]
+    return np.random.default_rng(0).standard_normal((count, REGIONS, width)).astype(np.float32)
 
 
 def main() -> None:
-    folder, task = Path(sys.argv[1]), sys.argv[2]
-    bundle = load_bundle(folder, allow_unsigned=True)
+    folder, verb = Path(sys.argv[1]), sys.argv[2]
+    bundle = load_bundle(folder, allow_unsigned=True, allow_older=True)
     before = process_bytes()
-    run = runner(Runtime(bundle, cpu_engine(1, UNBOUNDED)), task)
+    run = runner(Runtime(bundle, cpu_engine(1, UNBOUNDED)), verb)
     opened = process_bytes()
     # The arena keeps what it took: memory after a run is the run's peak.
     run(1)
     one = process_bytes()
     run(TILES)
     several = process_bytes()
-    per_tile = max(one - opened, -(-(several - opened) // TILES))
-    print(json.dumps({"session_bytes": opened - before, "tile_bytes": per_tile}))
+    per_tile = max(one - opened, -(-(several - opened) // TILES), 1)
+    print(json.dumps({"session_bytes": max(opened - before, 1), "tile_bytes": per_tile}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -49,20 +50,32 @@ SourceType source_type(const nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> 
   throw std::invalid_argument("source must be uint8, uint16 or float32");
 }
 
+Filter find_filter(const std::string &name) {
+  static const std::map<std::string, Filter> filters{{"nearest", Filter::nearest},
+                                                     {"bilinear", Filter::bilinear},
+                                                     {"bicubic", Filter::bicubic},
+                                                     {"lanczos3", Filter::lanczos3},
+                                                     {"gaussian", Filter::gaussian}};
+  const auto found = filters.find(name);
+  if (found == filters.end()) throw std::invalid_argument("filter '" + name + "' is not known");
+  return found->second;
+}
+
 // Shapes are checked by the Python wrapper, which is the only caller.
 void tile_gather_into(const nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> &source, bool interleaved,
                       const std::optional<Array<const uint8_t>> &valid_HW, const Array<const double> &boxes_N4,
                       const Array<const int32_t> &bands_C, const Array<const float> &gain_C,
                       const Array<const float> &bias_C, const std::vector<int64_t> &origin,
                       const std::vector<int64_t> &raster_size, const nb::ndarray<nb::c_contig, nb::device::cpu> &tiles,
-                      const Array<float> &valid_fraction_N, const Array<float> &texture_N, int threads,
-                      const std::string &variant) {
+                      const Array<float> &valid_fraction_N, const Array<float> &texture_N,
+                      const std::string &resampling, bool pillow_rounding, int threads, const std::string &variant) {
   const GatherOne gather = find_variant(variant);
   const int rows = interleaved ? 0 : 1, cols = interleaved ? 1 : 2, bands = interleaved ? 2 : 0;
   const Source s{source.data(), source_type(source), interleaved,
                  static_cast<int64_t>(source.shape(rows)), static_cast<int64_t>(source.shape(cols)),
                  static_cast<int64_t>(source.shape(bands)), valid_HW ? valid_HW->data() : nullptr,
-                 origin.at(0), origin.at(1), raster_size.at(0), raster_size.at(1)};
+                 origin.at(0), origin.at(1), raster_size.at(0), raster_size.at(1),
+                 find_filter(resampling), pillow_rounding};
   const Target t{tiles.data(), tiles.dtype() == nb::dtype<uint8_t>(), static_cast<int64_t>(tiles.shape(1)),
                  static_cast<int64_t>(tiles.shape(2)), static_cast<int64_t>(tiles.shape(3)), bands_C.data(),
                  gain_C.data(), bias_C.data(), valid_fraction_N.data(), texture_N.data()};
@@ -87,5 +100,5 @@ NB_MODULE(_kernels, m) {
   m.def("tile_gather_into", &tile_gather_into, nb::arg("source"), nb::arg("interleaved"), nb::arg("valid_HW").none(),
         nb::arg("boxes_N4"), nb::arg("bands_C"), nb::arg("gain_C"), nb::arg("bias_C"), nb::arg("origin"),
         nb::arg("raster_size"), nb::arg("tiles"), nb::arg("valid_fraction_N"), nb::arg("texture_N"),
-        nb::arg("threads"), nb::arg("variant"));
+        nb::arg("resampling"), nb::arg("pillow_rounding"), nb::arg("threads"), nb::arg("variant"));
 }

@@ -8,6 +8,7 @@
 namespace tile_gather {
 
 enum class SourceType : int { u8, u16, f32 };
+enum class Filter : int { nearest, bilinear, bicubic, lanczos3, gaussian };
 
 inline constexpr int32_t kAbsentBand = -1;
 inline constexpr int32_t kValidityBand = -2;
@@ -20,6 +21,8 @@ struct Source {
   const uint8_t *valid_HW;  // null: every pixel is valid
   int64_t origin_col, origin_row;
   int64_t raster_width, raster_height;
+  Filter filter;
+  bool pillow_rounding;     // needs u8, the whole raster, and no valid_HW
 };
 
 struct Target {

@@ -35,6 +35,22 @@ def missing(reporter, config):
     return [report for report in skipped if any(need in str(report.longrepr) for need in required)]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _session_home(tmp_path_factory):
+    """For what is loaded outside a single test; see ``home``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGE_RSVLM_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch):
+    """Keys, accepted versions and unpacked bundles of one test, and of no other, or of the person who runs them."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("EDGE_RSVLM_HOME", str(folder))
+    return folder
+
+
 @pytest.fixture
 def needs():
     """``needs("torch")`` skips with a reason where it is absent; ``needs("data", "oscd")`` returns a set's folder."""

@@ -1,4 +1,4 @@
-"""A bundle and an engine without a trained model: the fake sees bright squares, bright differences and brightness."""
+"""A bundle and an engine without a trained model: the fake sees bright squares and bright differences."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 from edge_rsvlm.config.manifest import Manifest
 from edge_rsvlm.engines.fake import FakeSession
 
+CONTENT = b"\x08\x08"
+"""Of every file: as an ONNX model it has a version and nothing else."""
 MEMORY = {"session_bytes": 1 << 20, "tile_bytes": 1 << 20}
 INPUT = {
     "bands": ["red", "green", "blue", "nir", "validity"],
@@ -22,15 +24,28 @@ INPUT = {
     "tile_px": 128,
     "overlap_px": 64,
     "resolution_m": [0.1, 20.0],
+    "whole_px": 0,
     "resampling": "bilinear",
 }
+
+
+GRAPHS = {
+    "encoder": ({"tiles": "pixels"}, {"c1": "first"}),
+    "detect": ({"c1": "first"}, {"scores": "heat", "ltrb": "sides"}),
+    "change": ({"before_c1": "earlier", "after_c1": "later"}, {"change": "probability"}),
+}
+"""Inputs and outputs, whose names in the graph differ from their roles."""
+
+
+def graph(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> dict[str, Any]:
+    return {"file": f"{name}.onnx", "inputs": dict(inputs), "outputs": dict(outputs)}
 
 
 def manifest(files: Mapping[str, Any] | None = None, **input_options: Any) -> dict[str, Any]:
     """A valid manifest with a detect and a change head; ``input_options`` override the input spec."""
     spec = {**INPUT, **input_options}
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "fake",
         "version": 1,
         "description": "for tests",
@@ -38,11 +53,13 @@ def manifest(files: Mapping[str, Any] | None = None, **input_options: Any) -> di
         "training_data": [],
         "engine": "onnxruntime",
         "precision": "f32",
-        "encoder": "encoder.onnx",
+        "graphs": {name: graph(name, *sides) for name, sides in GRAPHS.items()},
         "tasks": {
             "detect": {
+                "kind": "heat_map",
                 "input": spec,
-                "head": "detect.onnx",
+                "encoder": "encoder",
+                "head": "detect",
                 "encoder_outputs": ["c1"],
                 "classes": ["square", "car"],
                 "stride": 4,
@@ -53,19 +70,21 @@ def manifest(files: Mapping[str, Any] | None = None, **input_options: Any) -> di
             },
             "change": {
                 "input": spec,
-                "head": "change.onnx",
+                "encoder": "encoder",
+                "head": "change",
                 "encoder_outputs": ["c1"],
                 "stride": 2,
                 "threshold": 0.5,
+                "mirrored": False,
                 "min_area_m2": 0,
                 "min_area_px": 1,
                 "memory": MEMORY,
             },
         },
         "accuracy": [],
-        "probe": {"file": "probe.npz", "tolerance": 0.01},
+        "probe": [{"graph": "encoder", "file": "probe.npz", "tolerance": 0.01}],
         "files": {
-            name: {"sha256": hashlib.sha256(b"fake").hexdigest(), "bytes": 4}
+            name: {"sha256": hashlib.sha256(CONTENT).hexdigest(), "bytes": len(CONTENT)}
             for name in (files or ("encoder.onnx", "detect.onnx", "change.onnx", "probe.npz"))
         },
     }
@@ -75,7 +94,7 @@ def write_bundle(folder: Path, **input_options: Any) -> Path:
     data = manifest(**input_options)
     folder.mkdir(parents=True, exist_ok=True)
     for name in data["files"]:
-        (folder / name).write_bytes(b"fake")
+        (folder / name).write_bytes(CONTENT)
     (folder / "manifest.json").write_text(json.dumps(data))
     return folder
 
@@ -85,7 +104,7 @@ def parsed(**input_options: Any) -> Manifest:
 
 
 class FakeEngine:
-    """Opens graphs by file name as functions of the tile's red channel (encoder output c1 is the tile itself)."""
+    """Opens graphs by file name as functions of the tile's red channel (what the encoder gives is the tile itself)."""
 
     def open(self, graph: Path) -> FakeSession:
         return FakeSession({"encoder.onnx": _encode, "detect.onnx": _detect, "change.onnx": _change}[graph.name])
@@ -96,32 +115,32 @@ def fake_engine(threads: int, arena_bytes: int) -> FakeEngine:
 
 
 def _encode(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {"c1": inputs["tiles"]}
+    return {"first": inputs["pixels"]}
 
 
 def _change(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Probability 1 where red differs by more than half the range, averaged over 2 x 2 tile pixels."""
-    differs = (np.abs(inputs["after_c1"][:, :1] - inputs["before_c1"][:, :1]) > 1.0).astype(np.float32)
+    differs = (np.abs(inputs["later"][:, :1] - inputs["earlier"][:, :1]) > 1.0).astype(np.float32)
     n, c, h, w = differs.shape
-    return {"change": differs.reshape(n, c, h // 2, 2, w // 2, 2).mean(axis=(3, 5))}
+    return {"probability": differs.reshape(n, c, h // 2, 2, w // 2, 2).mean(axis=(3, 5))}
 
 
 def _detect(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """One peak per bright blob, at its bounding box's centre, with its exact sides."""
-    tiles = inputs["c1"]
+    tiles = inputs["first"]
     n, _, h, w = tiles.shape
     scores = np.zeros((n, 2, h // 4, w // 4), np.float32)
     ltrb = np.ones((n, 4, h // 4, w // 4), np.float32)
     for k in range(n):
-        for x0, y0, x1, y1 in _blobs(tiles[k, 0] > 0.2):
+        for x0, y0, x1, y1 in blobs(tiles[k, 0] > 0.2):
             col, row = int((x0 + x1) / 2 // 4), int((y0 + y1) / 2 // 4)
             cx, cy = (col + 0.5) * 4, (row + 0.5) * 4
             scores[k, 0, row, col] = 0.9
             ltrb[k, :, row, col] = cx - x0, cy - y0, x1 - cx, y1 - cy
-    return {"scores": scores, "ltrb": ltrb}
+    return {"heat": scores, "sides": ltrb}
 
 
-def _blobs(bright: np.ndarray) -> list[tuple[int, int, int, int]]:
+def blobs(bright: np.ndarray) -> list[tuple[int, int, int, int]]:
     """Bounding boxes of 4-connected bright blobs, by flood fill."""
     left = bright.copy()
     found = []

@@ -10,13 +10,16 @@ TASKS = parsed().tasks
 def demand(task="detect", **options):
     spec = getattr(TASKS, task)
     defaults = {
+        "tile_px": 128,
+        "tile_bytes": 4 * 5 * 128**2,
+        "tiles": 10_000,
         "bytes_per_pixel": 4,
         "scale_xy": (1.0, 1.0),
         "width": 3000,
         "canvas_rows": 256,
         "dates": 2 if task == "change" else 1,
     }
-    return Demand(task, spec.input, spec.memory, **(defaults | options))
+    return Demand(task, spec.memory, **(defaults | options))
 
 
 def test_room_is_used_and_taken_away_in_steps():
@@ -48,3 +51,10 @@ def test_change_counts_two_dates_and_its_rows():
     detect = plan_memory([demand()], limit_bytes=1 << 31, base_bytes=0)
     change = plan_memory([demand("change")], limit_bytes=1 << 31, base_bytes=0)
     assert change.total_bytes > detect.total_bytes
+
+
+def test_few_tiles_and_their_caches_count_as_many_times_as_they_are_there():
+    many = plan_memory([demand(cache_bytes=10 * MIB)], limit_bytes=1 << 31, base_bytes=0)
+    one = plan_memory([demand(cache_bytes=10 * MIB, tiles=1)], limit_bytes=1 << 31, base_bytes=0)
+    assert many.engine_bytes - one.engine_bytes == (BATCHES[0] - 1) * 11 * MIB
+    assert dict(many.items)["tiles"] == 4 * BATCHES[0] * dict(one.items)["tiles"]

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from edge_rsvlm.bundle import load_bundle
 from edge_rsvlm.cli import demo_verb
@@ -22,10 +22,14 @@ from edge_rsvlm.demonstrate import SCENES, packaged_scenes
 from edge_rsvlm.engines.fake import FakeSession
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.pipeline.session import Limits, Session
-from tests.fakes import INPUT, MEMORY, FakeEngine, write_bundle
+from tests.fakes import CONTENT, INPUT, MEMORY, FakeEngine, graph, write_bundle
 
 WORDS = ["<bos>", "<eos>", "a", "dark", "bright", "<b>", "place"]
-GRAPHS = ("prefix.onnx", "embed.onnx", "decoder.onnx")
+GRAPHS = {
+    "prefix": ({"c1": "c1"}, {"features": "visual"}),
+    "embed": ({"input_ids": "words"}, {"inputs_embeds": "embedded"}),
+    "decoder": ({"inputs_embeds": "embedded"}, {"logits": "next"}),
+}
 
 
 class SpeakingEngine(FakeEngine):
@@ -37,45 +41,48 @@ class SpeakingEngine(FakeEngine):
 
 
 def _see(inputs):
-    n, _, h, w = inputs["c1"].shape
+    n, _, h, w = inputs["first"].shape
     scores = np.zeros((n, 2, h // 4, w // 4), np.float32)
     scores[:, 1, h // 8, w // 8] = 0.75
-    return {"scores": scores, "ltrb": np.full((n, 4, h // 4, w // 4), 9.0, np.float32)}
+    return {"heat": scores, "sides": np.full((n, 4, h // 4, w // 4), 9.0, np.float32)}
 
 
 def _prefix(inputs):
     bright = inputs["c1"][:, :3].mean(axis=(1, 2, 3)) > 0
-    return {"prefix": np.where(bright, 4.0, 3.0).astype(np.float32)[:, None, None]}
+    return {"visual": np.where(bright, 4.0, 3.0).astype(np.float32)[:, None, None]}
 
 
 def _embed(inputs):
-    return {"embeds": inputs["tokens"][..., None].astype(np.float32)}
+    return {"embedded": inputs["words"][..., None].astype(np.float32)}
 
 
 def _decode(inputs):
     """Keys hold what was read: which of two adjectives to say, <bos>, then the words so far."""
-    history = np.concatenate([inputs["past_keys"][0, :, 0, :, 0], inputs["embeds"][:, :, 0]], axis=1)
-    logits = np.full((len(history), len(WORDS)), -9.0, np.float32)
+    history = np.concatenate([inputs["past_key_values.0.key"][:, 0, :, 0], inputs["embedded"][:, :, 0]], axis=1)
+    logits = np.full((len(history), 1, len(WORDS)), -9.0, np.float32)
     for n, read in enumerate(history):
-        logits[n, [2, int(read[0]), 5, 6, 1][min(len(read) - 2, 4)]] = 9.0
-    keys = history[None, :, None, :, None].astype(np.float32)
-    return {"logits": logits, "keys": keys, "values": keys}
+        logits[n, 0, [2, int(read[0]), 5, 6, 1][min(len(read) - 2, 4)]] = 9.0
+    cache = history[:, None, :, None].astype(np.float32)
+    return {"next": logits, "present.0.key": cache, "present.0.value": cache}
 
 
 def caption_session(folder: Path) -> Session:
     """All three tasks on fakes."""
     bundle = write_bundle(folder / "speaking")
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
-    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(bundle / "tokenizer.json"))
     data = json.loads((bundle / "manifest.json").read_text())
+    data["graphs"] |= {name: graph(name, *sides) for name, sides in GRAPHS.items()}
     data["tasks"]["caption"] = {
-        "input": INPUT, "prefix": "prefix.onnx", "embed": "embed.onnx", "decoder": "decoder.onnx",
-        "encoder_outputs": ["c1"], "tokenizer": "tokenizer.json", "bos_id": 0, "eos_id": 1, "layers": 1, "heads": 1,
-        "head_dim": 1, "max_tokens": 8, "beams": 1, "length_penalty": 1.0, "memory": MEMORY,
+        "kind": "generate", "input": INPUT, "encoder": "encoder", "encoder_outputs": ["c1"], "project": "prefix",
+        "embed": "embed", "decoder": "decoder", "tokenizer": {"file": "tokenizer.json", "add_special_tokens": False},
+        "visual": {"token": None, "per_tile": 1}, "prompt": "<bos>", "positions": "sequence",
+        "cache": {"layers": 1, "heads": 1, "head_dim": 1}, "eos_ids": [1], "max_tokens": 8, "beams": 1,
+        "length_penalty": 1.0, "memory": MEMORY,
     }  # fmt: skip
     data["licence"] = "free <for> & all"
-    data["files"] |= {name: _entry(bundle / name) for name in (*GRAPHS, "tokenizer.json")}
+    data["files"] |= {name: _entry(bundle / name) for name in (*(f"{g}.onnx" for g in GRAPHS), "tokenizer.json")}
     (bundle / "manifest.json").write_text(json.dumps(data))
     return Session(
         load_bundle(bundle, allow_unsigned=True), Limits(memory_bytes=1 << 30),
@@ -85,7 +92,7 @@ def caption_session(folder: Path) -> Session:
 
 def _entry(path: Path) -> dict[str, object]:
     if not path.exists():
-        path.write_bytes(b"fake")
+        path.write_bytes(CONTENT)
     content = path.read_bytes()
     return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edge_rsvlm.errors import InputError
+
 pytestmark = pytest.mark.usefixtures("torch_here")
 
 
@@ -18,12 +20,12 @@ def torch_here(needs):
 def model():
     import torch
 
-    from edge_rsvlm.export.compile_onnx import Model
-    from edge_rsvlm.export.model.change import ChangeHead
-    from edge_rsvlm.export.model.decoder import Captioner, DecoderConfig
-    from edge_rsvlm.export.model.detect import DetectHead
-    from edge_rsvlm.export.model.encoder import Encoder
-    from edge_rsvlm.export.model.layers import fold_batch_norms
+    from edge_rsvlm.export.default.compile_onnx import Model
+    from edge_rsvlm.export.default.model.change import ChangeHead
+    from edge_rsvlm.export.default.model.decoder import Captioner, DecoderConfig
+    from edge_rsvlm.export.default.model.detect import DetectHead
+    from edge_rsvlm.export.default.model.encoder import Encoder
+    from edge_rsvlm.export.default.model.layers import fold_batch_norms
 
     torch.manual_seed(3)
     made = Model(Encoder(), DetectHead(), ChangeHead(), Captioner(DecoderConfig(300, layers=2, dropout=0.0)))
@@ -46,7 +48,7 @@ def test_graphs_equal_torch_at_other_sizes_than_they_were_traced_with(model, tmp
     import onnxruntime as ort
     import torch
 
-    from edge_rsvlm.export import compile_onnx as c
+    from edge_rsvlm.export.default import compile_onnx as c
 
     paths = c.compile_all(model, tmp_path)
     sessions = {name: ort.InferenceSession(str(path)) for name, path in paths.items()}
@@ -76,25 +78,28 @@ def test_decoder_graph_in_steps_equals_torch_at_once(model, tmp_path):
     import onnxruntime as ort
     import torch
 
-    from edge_rsvlm.export import compile_onnx as c
+    from edge_rsvlm.export.default import compile_onnx as c
 
     path = c.compile_all(model, tmp_path)["caption_decoder"]
     session, decoder = ort.InferenceSession(str(path)), model.captioner.decoder
     config, embeds = decoder.config, torch.randn(2, 9, 256)
-    empty = np.zeros((config.layers, 2, config.heads, 0, config.head_width), np.float32)
+    empty = np.zeros((2, config.heads, 0, config.head_width), np.float32)
+    parts = [f"{i}.{part}" for i in range(config.layers) for part in ("key", "value")]
     with torch.inference_mode():
-        expected, keys, _ = c.DecoderGraph(model.captioner)(embeds, torch.from_numpy(empty), torch.from_numpy(empty))
-    past = (empty, empty)
-    for part in (embeds[:, :5], embeds[:, 5:6], embeds[:, 6:]):
-        logits, *past = session.run(None, {"embeds": part.numpy(), "past_keys": past[0], "past_values": past[1]})
+        expected, *cache = c.DecoderGraph(model.captioner)(embeds, *[torch.from_numpy(empty)] * len(parts))
+    past = [empty] * len(parts)
+    for some in (embeds[:, :5], embeds[:, 5:6], embeds[:, 6:]):
+        names = [f"past_key_values.{part}" for part in parts]
+        logits, *past = session.run(None, {"inputs_embeds": some.numpy(), **dict(zip(names, past, strict=True))})
     np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
-    np.testing.assert_allclose(past[0], keys.numpy(), atol=1e-4)
+    for found, wanted in zip(past, cache, strict=True):
+        np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
 
 
 def test_packed_sentences_do_not_see_each_other(model):
     import torch
 
-    from edge_rsvlm.export.model.decoder import packed_layout
+    from edge_rsvlm.export.default.model.decoder import packed_layout
 
     decoder = model.captioner.decoder
     prefix, first, second = torch.randn(1, 6, 256), torch.randn(1, 3, 256), torch.randn(1, 3, 256)
@@ -110,7 +115,7 @@ def test_half_storage_refuses_what_does_not_fit():
     import onnx
     from onnx import helper, numpy_helper
 
-    from edge_rsvlm.export.compile_onnx import store_in_half
+    from edge_rsvlm.export.default.compile_onnx import store_in_half
 
     weights = numpy_helper.from_array(np.full(100, 1e6, np.float32), "w")
     node = helper.make_node("Add", ["x", "w"], ["y"])
@@ -121,7 +126,7 @@ def test_half_storage_refuses_what_does_not_fit():
 
 
 def test_dihedral_boxes_follow_the_pixels():
-    from edge_rsvlm.export.data.views import dihedral, dihedral_boxes
+    from edge_rsvlm.export.default.data.views import dihedral, dihedral_boxes
 
     tile = np.zeros((1, 20, 20))
     tile[0, 3:5, 11:16] = 1
@@ -133,7 +138,7 @@ def test_dihedral_boxes_follow_the_pixels():
 
 
 def test_detection_targets_decode_to_their_boxes():
-    from edge_rsvlm.export.data.detect import SETS, targets
+    from edge_rsvlm.export.default.data.detect import SETS, targets
 
     boxes = np.array([[10.0, 20, 42, 60], [100, 90, 130, 110], [200, 200, 203, 203]])
     heat, weight, sides, sides_weight = targets(boxes, np.array([0, 3, 0]), 256, SETS[1])
@@ -148,7 +153,7 @@ def test_detection_targets_decode_to_their_boxes():
 
 
 def test_groups_join_by_name_and_by_likeness_and_stay_together():
-    from edge_rsvlm.export.splits import choose, grouped
+    from edge_rsvlm.export.default.splits import choose, grouped
 
     names = ["a_1", "a_2", "b", "c", "d", "e"]
     features = np.eye(6, dtype=np.float32)
@@ -160,8 +165,8 @@ def test_groups_join_by_name_and_by_likeness_and_stay_together():
 
 
 def test_held_out_images_are_not_trained_on(needs, tmp_path):
-    from edge_rsvlm.export.data.detect import SETS, DetectData
-    from edge_rsvlm.export.splits import held_out
+    from edge_rsvlm.export.default.data.detect import SETS, DetectData
+    from edge_rsvlm.export.default.splits import held_out
 
     data = needs("data", "drone_vehicles").parent
     spec = next(s for s in SETS if s.name == "drone_vehicles")
@@ -180,12 +185,15 @@ def test_an_artifact_is_reused_only_for_the_same_recipe(tmp_path):
     assert artifact.find(tmp_path / "s", artifact.stage_hash("s", {"rate": 2}, [])) is None
     assert (tmp_path / "s" / "t.txt").read_text(encoding="utf-8") == "é"
     assert artifact.part(written.tensors(), "a")["w"].tolist() == [1, 1, 1]
+    (tmp_path / "s" / "t.txt").write_text("other")
+    with pytest.raises(InputError, match=r"t\.txt"):
+        artifact.find(tmp_path / "s", digest)
     with pytest.raises(FileNotFoundError, match="run the stage"):
         artifact.load(tmp_path / "absent")
 
 
 def test_tokens_survive_the_round_trip():
-    from edge_rsvlm.export.data.captions import points_somewhere, tidy, train_tokenizer
+    from edge_rsvlm.export.default.data.captions import points_somewhere, tidy, train_tokenizer
 
     captions = [tidy(c) for c in ("There are  2 Planes .", "a road , in the left .")]
     assert captions == ["there are 2 planes", "a road, in the left"]

@@ -14,7 +14,7 @@ import edge_rsvlm
 ROOT = Path(edge_rsvlm.__file__).parent
 FOUNDATION = {"errors", "types"}
 FACTS = FOUNDATION | {"config", "profiles", "geo", "scoring"}
-STAGES = ("raster", "tiles", "engines", "tasks", "merge", "sinks", "bundle", "budget", "report")
+STAGES = ("raster", "tiles", "engines", "tasks", "merge", "sinks", "budget", "report", "bundle")
 BELOW_VERBS = FACTS | {*STAGES, "pipeline"}
 ALLOWED = (
     {"errors": set(), "types": set()}
@@ -22,7 +22,7 @@ ALLOWED = (
     | dict.fromkeys(STAGES, FACTS)
     | {"pipeline": FACTS | set(STAGES)}
     | dict.fromkeys(("evaluate", "verify", "planning", "doctor", "demonstrate"), BELOW_VERBS)
-    | {"cli": BELOW_VERBS | {"evaluate", "verify", "planning", "doctor", "demonstrate", "cli"}}
+    | {"cli": BELOW_VERBS | {"evaluate", "verify", "planning", "doctor", "demonstrate", "cli", "export"}}
 )
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 

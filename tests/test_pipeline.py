@@ -174,14 +174,15 @@ def run_scene(bundle, task, paths, *, batch, read_pixels, threads=1, deadline=No
     runtime = runtime or Runtime(bundle, FakeEngine())
     pace = Pace(MemoryPlan((), batch, read_pixels), threads, deadline or Deadline(None))
     with open_raster(str(paths[0])) as first, open_raster(str(paths[-1])) as last:
-        spec = getattr(bundle.manifest.tasks, task).input
+        spec = getattr(bundle.manifest.tasks, task)
         if task == "detect":
-            view = scene_view((first,), spec, None)
-            outcome = detect(runtime, view, DetectQuery(), pace, lambda *r: results.append(r))
+            view = scene_view((first,), spec.input, None)
+            outcome = detect(runtime, spec, view, DetectQuery(), pace, lambda *r: results.append(r))
             return json.dumps(results), outcome, []
         rows = []
-        view = scene_view((first, last), spec, None)
-        outcome = change(runtime, view, pace, lambda *r: results.append(r), lambda i, r: rows.append((i, r.copy())))
+        view = scene_view((first, last), spec.input, None)
+        keep = lambda i, r: rows.append((i, r.copy()))  # noqa: E731
+        outcome = change(runtime, spec, view, pace, lambda *r: results.append(r), keep)
         return json.dumps(results), outcome, rows
 
 
@@ -272,7 +273,8 @@ def test_gray_and_more_bands(tmp_path, bundle, bands):
 
 def test_real_edge_cases_are_read(needs, bundle):
     folder = needs("data", "geotiff_edge_cases")
-    spec = bundle.manifest.tasks.change.input.model_copy(update={"resolution_m": (0.1, 1e5)})
+    task = bundle.manifest.tasks.change
+    spec = task.input.model_copy(update={"resolution_m": (0.1, 1e5)})
     large = ("cog_cmap", "cog_hirise_mars", "cog_int16", "cog_nodata")
     small = [p for p in sorted(folder.glob("*.tif")) if p.stem not in large]
     assert len(small) == 10
@@ -282,7 +284,7 @@ def test_real_edge_cases_are_read(needs, bundle):
         with open_raster(str(path)) as raster:
             view = scene_view((raster, raster), spec, None)
             runtime = Runtime(bundle, FakeEngine())
-            outcome = change(runtime, view, pace, lambda *r: None, lambda i, r, rows=rows: rows.append(r))
+            outcome = change(runtime, task, view, pace, lambda *r: None, lambda i, r, rows=rows: rows.append(r))
         mask = np.concatenate(rows)
         assert mask.shape == (raster.georeference.height, raster.georeference.width) and not (mask == 1).any()
         located = PixelMapper(raster.georeference).located

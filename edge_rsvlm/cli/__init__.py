@@ -9,7 +9,10 @@ import click
 
 from edge_rsvlm import __version__
 
-VERBS = ("demo", "caption", "detect", "change", "run", "plan", "doctor", "profiles", "verify", "eval")
+VERBS = (
+    "demo", "caption", "ask", "ground", "detect", "classify", "change", "index", "search", "run",
+    "plan", "doctor", "profiles", "verify", "keys", "eval", "export",
+)  # fmt: skip
 
 
 class LazyVerbs(click.Group):
@@ -28,7 +31,7 @@ class LazyVerbs(click.Group):
 @click.command(cls=LazyVerbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="edge-rsvlm")
 def cli() -> None:
-    """Captions, objects and changes from remote-sensing images, on small devices.
+    """Captions, answers, objects and changes from remote-sensing images, on small devices.
 
     Results go to stdout or --output, progress and messages to stderr. Exit codes: 0 done; 2 wrong usage; 3 an input
     could not be used (the others were done); 4 does not fit the memory budget; 5 bundle invalid; 6 deadline reached,

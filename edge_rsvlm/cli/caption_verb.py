@@ -6,17 +6,27 @@ from typing import Any
 
 import click
 
-from edge_rsvlm.cli.common import ExitCode, Outputs, json_option, make_limits, open_session, run_options
+from edge_rsvlm.cli.common import (
+    ExitCode,
+    Outputs,
+    json_option,
+    make_limits,
+    make_sampling,
+    open_session,
+    run_options,
+    sampling_options,
+)
 
 
 @click.command("caption")
 @click.argument("images", nargs=-1, required=True)
 @click.option("--output", type=click.Path(path_type=Path), help="GeoJSON file of tiles, or a folder for many inputs.")
+@sampling_options
 @run_options
 @json_option
 def command(
     images: tuple[str, ...], output: Path | None, as_json: bool, bundle: Path | None, allow_unsigned: bool,
-    **limits: Any,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Describe images in a sentence. IMAGES are files, folders, globs or .tar archives of images.
 
@@ -25,10 +35,11 @@ def command(
     from edge_rsvlm.cli.deliver import Delivery
     from edge_rsvlm.raster.inputs import list_inputs
 
-    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("caption",))
+    sampling = make_sampling(options)
+    session = open_session(bundle, allow_unsigned, make_limits(**options), ("caption",))
     code, sources = ExitCode(), list_inputs(images)
     outputs = Outputs(output, len(sources), ".geojson")
     delivery = Delivery(session, code, sys.stdout if as_json else None)
     for source in sources:
-        delivery.caption(source, outputs.path(source.name))
+        delivery.caption(source, outputs.path(source.name), sampling)
     code.leave()

@@ -16,17 +16,26 @@ import click
 if TYPE_CHECKING:
     from edge_rsvlm.pipeline.outcome import Progress
     from edge_rsvlm.pipeline.session import Limits, Session
+    from edge_rsvlm.tasks.generate import Sampling
 
 F = TypeVar("F", bound=Callable[..., Any])
 EXIT_ORDER = (5, 2, 4, 3, 6, 0)
+_ALLOW_OLDER = "edge_rsvlm.allow_older"
 
 _BUNDLE = [
     click.option(
         "--bundle",
         type=click.Path(path_type=Path),
-        help="Folder of the bundle to use.  [default: the packaged one]",
+        help="Bundle to use: a folder or an .ersvlm file.  [default: the packaged one]",
     ),
     click.option("--allow-unsigned", is_flag=True, help="Use a bundle without a trusted signature."),
+    click.option(
+        "--allow-older",
+        is_flag=True,
+        expose_value=False,  # only loading needs it, and asks with allow_older()
+        callback=lambda context, _, value: context.meta.update({_ALLOW_OLDER: value}),
+        help="Use a version older than one that was accepted before.",
+    ),
 ]
 _LIMITS = [
     click.option("--profile", default="host", show_default=True, help="Device whose memory is the limit."),
@@ -40,6 +49,22 @@ _LIMITS = [
     ),
 ]
 _RUN = [click.option("--deadline", metavar="TIME", help="Per input, such as 30s; then a partial result and exit 6.")]
+_SAMPLING = [
+    click.option(
+        "--temperature",
+        type=click.FloatRange(0, 10, min_open=True),
+        help="Draw words at random, sharper below 1.  [default: the likeliest words]",
+    ),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(0, 1, min_open=True),
+        help="Draw from the likeliest words that hold this share.  [default: from all]",
+    ),
+    click.option("--seed", type=click.IntRange(0), help="The same words are drawn for the same seed.  [default: 0]"),
+    click.option(
+        "--max-tokens", type=click.IntRange(1, 100_000), help="Longest answer in tokens.  [default: the bundle's]"
+    ),
+]
 
 
 def _decorate(options: list[Any]) -> Callable[[F], F]:
@@ -52,6 +77,7 @@ def _decorate(options: list[Any]) -> Callable[[F], F]:
 bundle_options = _decorate(_BUNDLE)
 plan_options = _decorate([*_BUNDLE, *_LIMITS])
 run_options = _decorate([*_BUNDLE, *_LIMITS, *_RUN])
+sampling_options = _decorate(_SAMPLING)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document per input on stdout.")
 
 
@@ -71,12 +97,50 @@ def make_limits(
     )
 
 
+def make_sampling(options: dict[str, Any]) -> Sampling | None:
+    """Takes the generation options out of ``options``; None where the bundle's own way of answering was asked for."""
+    from edge_rsvlm.errors import UsageError
+    from edge_rsvlm.tasks.generate import Sampling
+
+    temperature, top_p, seed, max_tokens = (
+        options.pop(name) for name in ("temperature", "top_p", "seed", "max_tokens")
+    )
+    if temperature is None and (top_p is not None or seed is not None):
+        raise UsageError("--top-p and --seed draw words at random", fix="add --temperature 1")
+    if temperature is None and max_tokens is None:
+        return None
+    return Sampling(
+        temperature or 0.0,
+        top_p=1.0 if top_p is None else top_p,
+        seed=seed or 0,
+        max_tokens=max_tokens,
+    )
+
+
+def split_labels(text: str) -> tuple[str, ...]:
+    """``"a, b"`` -> ("a", "b"), each once; UsageError for none."""
+    from edge_rsvlm.errors import UsageError
+
+    labels = tuple(dict.fromkeys(label for part in text.split(",") if (label := part.strip())))
+    if not labels:
+        raise UsageError(f"--labels '{text}' names no class", fix="write them like airport,beach,forest")
+    return labels
+
+
 def open_session(bundle: Path | None, allow_unsigned: bool, limits: Limits, tasks: tuple[str, ...]) -> Session:
+    """A session whose bundle does all of ``tasks``; UsageError says what it can do instead."""
     from edge_rsvlm.bundle import load_bundle
     from edge_rsvlm.pipeline.session import Session
 
-    loaded = load_bundle(bundle, allow_unsigned=allow_unsigned)
-    return Session(loaded, limits, tasks, started=process_start())
+    loaded = load_bundle(bundle, allow_unsigned=allow_unsigned, allow_older=allow_older())
+    session = Session(loaded, limits, started=process_start())
+    session.require(*tasks)
+    return session
+
+
+def allow_older() -> bool:
+    """Whether the running command was given --allow-older."""
+    return bool(click.get_current_context().meta.get(_ALLOW_OLDER, False))
 
 
 def process_start() -> float:

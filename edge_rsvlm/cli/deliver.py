@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -11,6 +11,7 @@ import click
 
 from edge_rsvlm.cli.common import ExitCode, progress_bar
 from edge_rsvlm.geo import PixelMapper
+from edge_rsvlm.pipeline.ask import is_features
 from edge_rsvlm.pipeline.detect import DetectQuery
 from edge_rsvlm.pipeline.outcome import Emit, Outcome, Progress
 from edge_rsvlm.pipeline.session import Session, georeference
@@ -18,7 +19,11 @@ from edge_rsvlm.raster.inputs import Source
 from edge_rsvlm.sinks.geojson import GeoJsonWriter
 from edge_rsvlm.sinks.mask import MaskWriter
 from edge_rsvlm.sinks.records import RecordSpool
+from edge_rsvlm.tasks.generate import Sampling
 
+NOTHING_VALID = "no valid pixel"
+MOST_LABELS = 5
+"""Classes on a line for people."""
 O = TypeVar("O", bound=Outcome)  # noqa: E741 - an outcome
 
 
@@ -49,24 +54,54 @@ class Delivery:
     def __init__(self, session: Session, code: ExitCode, json_stream: TextIO | None) -> None:
         self._session, self._code, self._stream = session, code, json_stream
 
-    def caption(self, source: Source, geojson: Path | None) -> None:
+    def caption(self, source: Source, geojson: Path | None, sampling: Sampling | None = None) -> None:
         self._deliver(
             source.name,
             {"image": source.name},
             "tiles",
             (source.path, geojson),
-            lambda emit, progress: self._session.caption(source.path, emit, progress),
+            lambda emit, progress: self._session.caption(source.path, emit, progress, sampling),
             tail=lambda outcome: {"caption": outcome.caption},
-            text=lambda outcome, _: outcome.caption or "no valid pixel",
+            text=lambda outcome, _: outcome.caption or NOTHING_VALID,
+        )
+
+    def ask(self, source: Source, question: str, geojson: Path | None, sampling: Sampling | None = None) -> None:
+        self._deliver(
+            source.name,
+            {"image": source.name},
+            "tiles",
+            (source.path, geojson),
+            lambda emit, progress: self._session.ask(source.path, question, emit, progress, sampling),
+            tail=lambda outcome: {"answer": outcome.answer},
+            text=lambda outcome, _: NOTHING_VALID if outcome.answer is None else outcome.answer,
+        )
+
+    def classify(self, source: Source, labels: Sequence[str], geojson: Path | None) -> None:
+        self._deliver(
+            source.name,
+            {"image": source.name},
+            "tiles",
+            (source.path, geojson),
+            lambda emit, progress: self._session.classify(source.path, labels, emit, progress),
+            tail=lambda outcome: {"labels": outcome.labels},
+            text=lambda outcome, _: (
+                ", ".join(f"{label} {score:.2f}" for label, score in outcome.labels[:MOST_LABELS]) or NOTHING_VALID
+            ),
         )
 
     def detect(self, source: Source, query: DetectQuery, geojson: Path | None) -> None:
+        self._boxes(source, geojson, lambda emit, progress: self._session.detect(source.path, query, emit, progress))
+
+    def ground(self, source: Source, phrase: str, geojson: Path | None) -> None:
+        self._boxes(source, geojson, lambda emit, progress: self._session.ground(source.path, phrase, emit, progress))
+
+    def _boxes(self, source: Source, geojson: Path | None, work: Callable[[Emit, Progress | None], Outcome]) -> None:
         self._deliver(
             source.name,
             {"image": source.name},
             "detections",
             (source.path, geojson),
-            lambda emit, progress: self._session.detect(source.path, query, emit, progress),
+            work,
             tail=lambda _: {},
             text=lambda _, results: results.counts(),
         )
@@ -124,6 +159,6 @@ class Delivery:
             spool = stack.enter_context(RecordSpool(head, list_key)) if self._stream else None
             writer = None
             if geojson:
-                located = PixelMapper(georeference(image)).located
+                located = not is_features(image) and PixelMapper(georeference(image)).located
                 writer = stack.enter_context(GeoJsonWriter(geojson, properties=head, located=located))
             yield Results(spool, writer), spool

@@ -30,7 +30,7 @@ def command(output: Path, bundle: Path | None, allow_unsigned: bool, **limits: A
     from edge_rsvlm.demonstrate import packaged_scenes, write_report
 
     began = time.monotonic()
-    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("caption", "detect", "change"))
+    session = open_session(bundle, allow_unsigned, make_limits(**limits), ())
     code, results = ExitCode(), []
     for scene in packaged_scenes():
         found = _run(session, code, scene, output)
@@ -50,13 +50,15 @@ def _run(session: Session, code: ExitCode, scene: Scene, output: Path) -> dict[s
     import json
 
     from edge_rsvlm.cli.deliver import Delivery
+    from edge_rsvlm.config.manifest import OpenDetectTask
     from edge_rsvlm.demonstrate import TaskResult, summary
     from edge_rsvlm.pipeline.detect import DetectQuery
     from edge_rsvlm.raster.inputs import Source
 
     image, found = Source(scene.image, scene.path), dict[str, TaskResult]()
     for task in scene.tasks:
-        if getattr(session.bundle.manifest.tasks, task) is None:
+        offered = getattr(session.tasks, task)
+        if offered is None or isinstance(offered, OpenDetectTask):  # which finds what one names
             continue
         lines = io.StringIO()
         delivery = Delivery(session, code, lines)

@@ -11,7 +11,12 @@ from edge_rsvlm.cli.common import ExitCode, Outputs, json_option, make_limits, o
 
 @click.command("detect")
 @click.argument("images", nargs=-1, required=True)
-@click.option("--query", multiple=True, metavar="LABEL", help="Only this kind of object; may be repeated.")
+@click.option(
+    "--query",
+    multiple=True,
+    metavar="LABEL",
+    help="Only this kind of object; may be repeated. Any word where the bundle's vocabulary is open: then needed.",
+)
 @click.option("--score", type=click.FloatRange(0.01, 0.99), help="Least score.  [default: the bundle's threshold]")
 @click.option("--output", type=click.Path(path_type=Path), help="GeoJSON file, or a folder for many inputs.")
 @run_options
@@ -22,13 +27,13 @@ def command(
 ) -> None:  # fmt: skip
     """Find objects. IMAGES are files, folders, globs or .tar archives of images."""
     from edge_rsvlm.cli.deliver import Delivery
-    from edge_rsvlm.pipeline.detect import DetectQuery, wanted_classes
+    from edge_rsvlm.pipeline.detect import DetectQuery, wanted_labels
     from edge_rsvlm.pipeline.runtime import detect_task
     from edge_rsvlm.raster.inputs import list_inputs
 
     session = open_session(bundle, allow_unsigned, make_limits(**limits), ("detect",))
     wanted = DetectQuery(query, score)
-    wanted_classes(wanted, detect_task(session.bundle.manifest).classes)  # a wrong word fails before any work
+    wanted_labels(wanted, detect_task(session.bundle.manifest))  # fails before any work
     code, sources = ExitCode(), list_inputs(images)
     outputs = Outputs(output, len(sources), ".geojson")
     delivery = Delivery(session, code, sys.stdout if as_json else None)

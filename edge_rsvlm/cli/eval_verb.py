@@ -103,6 +103,51 @@ def caption(
     _report(found, str(captions), session.bundle, as_json)
 
 
+@command.command("ask")
+@click.argument("questions", type=click.Path(path_type=Path))
+@images_option
+@only_option
+@plan_options
+@json_option
+def ask(
+    questions: Path, images: str, only: Path | None, as_json: bool, bundle: Path | None, allow_unsigned: bool,
+    **limits: Any,
+) -> None:  # fmt: skip
+    """Share of questions answered right, per type and all together.
+
+    QUESTIONS has a line {"image": "name", "questions": [{"question": "...", "answer": "...", "type": "..."}, ...]} per
+    image; types are optional. An answer is right if it equals the labelled one but for case and punctuation.
+    """
+    from edge_rsvlm.evaluate import evaluate_ask
+
+    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("ask",))
+    with progress_bar(questions.name, "images") as progress:
+        found = evaluate_ask(session, questions, images, only, progress)
+    _report(found, str(questions), session.bundle, as_json)
+
+
+@command.command("classify")
+@click.argument("labels", type=click.Path(path_type=Path))
+@images_option
+@only_option
+@plan_options
+@json_option
+def classify(
+    labels: Path, images: str, only: Path | None, as_json: bool, bundle: Path | None, allow_unsigned: bool,
+    **limits: Any,
+) -> None:  # fmt: skip
+    """Share of images whose best class is the labelled one, per class and all together.
+
+    LABELS has a line {"image": "name", "label": "airport"} per image; its labels are the classes to choose from.
+    """
+    from edge_rsvlm.evaluate import evaluate_classify
+
+    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("classify",))
+    with progress_bar(labels.name, "images") as progress:
+        found = evaluate_classify(session, labels, images, only, progress)
+    _report(found, str(labels), session.bundle, as_json)
+
+
 def _aliases(items: Sequence[str]) -> dict[str, str]:
     from edge_rsvlm.errors import UsageError
 

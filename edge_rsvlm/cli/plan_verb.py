@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 @click.argument("images", nargs=-1, required=True)
 @click.option(
     "--task",
-    type=click.Choice(["caption", "detect", "change"]),
+    type=click.Choice(["caption", "ask", "ground", "detect", "classify", "search", "change"]),
     multiple=True,
-    help="Task to plan; change takes two IMAGES.  [default: caption and detect]",
+    help="Task to plan; change takes two IMAGES.  [default: all of the bundle but change]",
 )
 @plan_options
 @json_option
@@ -29,11 +29,12 @@ def command(
 ) -> None:  # fmt: skip
     """Say in bytes what each task needs over IMAGES, without loading a model. Exit 4 if something does not fit."""
     from edge_rsvlm.errors import UsageError
+    from edge_rsvlm.pipeline.runtime import offered_verbs
     from edge_rsvlm.planning import plan_image, plan_pair
     from edge_rsvlm.raster.inputs import list_inputs
 
-    tasks = task or ("caption", "detect")
-    session = open_session(bundle, allow_unsigned, make_limits(**limits), tasks)
+    session = open_session(bundle, allow_unsigned, make_limits(**limits), task)
+    tasks = task or tuple(verb for verb in offered_verbs(session.bundle.manifest) if verb != "change")
     sources = list_inputs(images)
     if "change" in tasks and len(sources) != 2:
         raise UsageError(f"change compares two images and got {len(sources)}", fix="give BEFORE and AFTER")
@@ -64,7 +65,8 @@ def _text(name: str, found: TaskPlan, limit: int) -> str:
 
     if found.plan is None:
         return f"{name}: {found.refusal}"
-    lines = [f"{name}: {found.task}, {found.tiles} tiles of {found.resolution}, {found.plan.batch} at a time"]
+    tiles = f"{found.tiles} tile{'' if found.tiles == 1 else 's'} of {found.resolution}"
+    lines = [f"{name}: {found.task}, {tiles}, {min(found.plan.batch, found.tiles)} at a time"]
     lines += [f"  {format_bytes(size):>10}  {item}" for item, size in found.plan.items]
     lines += [f"  {format_bytes(found.plan.total_bytes):>10}  in all, with slack; limit {format_bytes(limit)}"]
     return "\n".join(lines)

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edge_rsvlm.cli.common import ExitCode, Outputs, bundle_options, make_limits, open_session
+
+if TYPE_CHECKING:
+    from edge_rsvlm.cli.deliver import Delivery
+    from edge_rsvlm.config.job import Job
+    from edge_rsvlm.raster.inputs import Source
 
 
 @click.command("run")
@@ -18,7 +24,7 @@ def command(job: Path, bundle: Path | None, allow_unsigned: bool) -> None:
     from edge_rsvlm.cli.deliver import Delivery
     from edge_rsvlm.cli.pairs import list_pairs
     from edge_rsvlm.config.job import load_job
-    from edge_rsvlm.pipeline.detect import DetectQuery, wanted_classes
+    from edge_rsvlm.pipeline.detect import DetectQuery, wanted_labels
     from edge_rsvlm.pipeline.runtime import detect_task
     from edge_rsvlm.raster.inputs import list_inputs
 
@@ -28,7 +34,7 @@ def command(job: Path, bundle: Path | None, allow_unsigned: bool) -> None:
     session = open_session(bundle, allow_unsigned, make_limits(**wanted.limits.model_dump()), tasks)
     query = DetectQuery(wanted.detect.query, wanted.detect.score)
     if "detect" in wanted.tasks:
-        wanted_classes(query, detect_task(session.bundle.manifest).classes)
+        wanted_labels(query, detect_task(session.bundle.manifest))
     sources = list_inputs([str(job.parent / item) for item in wanted.inputs]) if wanted.inputs else []
     pairs = [
         found for p in wanted.change for found in list_pairs(str(job.parent / p.before), str(job.parent / p.after))
@@ -41,13 +47,26 @@ def command(job: Path, bundle: Path | None, allow_unsigned: bool) -> None:
         delivery = Delivery(session, code, lines)
         for source in sources:
             for task in wanted.tasks:
-                if task == "caption":
-                    delivery.caption(source, files[task].path(source.name))
-                else:
-                    delivery.detect(source, query, files[task].path(source.name))
+                _deliver(delivery, wanted, task, source, files[task].path(source.name))
         for before, after in pairs:
             path = files["change"].path(after.name)
             delivery.change(before, after, path, path and path.with_suffix(".tif"))
     partial.replace(folder / "results.jsonl")
     click.echo(str(folder / "results.jsonl"))
     code.leave()
+
+
+def _deliver(delivery: Delivery, job: Job, task: str, source: Source, geojson: Path | None) -> None:
+    """One task of a job over one of its inputs."""
+    from edge_rsvlm.pipeline.detect import DetectQuery
+
+    if task == "detect":
+        delivery.detect(source, DetectQuery(job.detect.query, job.detect.score), geojson)
+    elif task == "ask" and job.ask:
+        delivery.ask(source, job.ask.question, geojson)
+    elif task == "ground" and job.ground:
+        delivery.ground(source, job.ground.phrase, geojson)
+    elif task == "classify" and job.classify:
+        delivery.classify(source, job.classify.labels, geojson)
+    else:
+        delivery.caption(source, geojson)

@@ -1,12 +1,18 @@
 """``JOB.toml``: several tasks over many scenes with one set of loaded models.
 
 version = 1
-tasks = ["caption", "detect"]
+tasks = ["caption", "detect"]      # also "ask", "ground", "classify"
 inputs = ["scenes/*.tif"]          # relative to the job file
 output = "results"                 # one GeoJSON per input and task, and results.jsonl
 
 [detect]
 query = ["airplane"]
+
+[ask]                              # for the task "ask"; "ground" needs [ground] phrase
+question = "is there a river?"
+
+[classify]                         # for the task "classify"
+labels = ["airport", "beach"]
 
 [[change]]
 before = "2018.tif"
@@ -39,6 +45,18 @@ class DetectOptions(Model):
     score: float | None = Field(default=None, ge=0.01, le=0.99)
 
 
+class AskOptions(Model):
+    question: str = Field(min_length=1)
+
+
+class GroundOptions(Model):
+    phrase: str = Field(min_length=1)
+
+
+class ClassifyOptions(Model):
+    labels: tuple[str, ...] = Field(min_length=1)
+
+
 class Pair(Model):
     before: str
     after: str
@@ -54,10 +72,13 @@ class JobLimits(Model):
 
 class Job(Model):
     version: Literal[1]
-    tasks: tuple[Literal["caption", "detect"], ...] = ()
+    tasks: tuple[Literal["caption", "ask", "ground", "detect", "classify"], ...] = ()
     inputs: tuple[str, ...] = ()
     output: str
     detect: DetectOptions = DetectOptions()
+    ask: AskOptions | None = None
+    ground: GroundOptions | None = None
+    classify: ClassifyOptions | None = None
     change: tuple[Pair, ...] = ()
     limits: JobLimits = JobLimits()
 
@@ -73,4 +94,9 @@ def load_job(path: Path) -> Job:
     job = parse(Job, data, f"job {path}", UsageError)
     if bool(job.tasks) != bool(job.inputs) or not (job.tasks or job.change):
         raise UsageError(f"job {path} has nothing to do", fix="give tasks with inputs, or [[change]] pairs")
+    for task, needed in (("ask", "question"), ("ground", "phrase"), ("classify", "labels")):
+        if task in job.tasks and getattr(job, task) is None:
+            raise UsageError(
+                f"job {path} has the task '{task}' without its {needed}", fix=f"add [{task}] with {needed}"
+            )
     return job

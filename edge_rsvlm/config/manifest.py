@@ -1,19 +1,25 @@
-"""``manifest.json`` of a bundle: everything the runtime knows about a model is here, and nowhere in the code."""
+"""``manifest.json`` of a bundle: everything the runtime knows about a model is here, and nowhere in the code.
+
+Graphs are listed once with the names of their inputs and outputs; tasks refer to them and speak of *roles* (``tiles``,
+``input_ids``, ``logits``), so that a graph which others exported is taken as it is.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from edge_rsvlm.config.model import Model
+from edge_rsvlm.config.prepare import Filter, Step
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 BandRole = Literal["red", "green", "blue", "nir", "none", "validity"]
 """``none`` is a channel that stays empty: the model has it, and the task never learnt it."""
 SourceDtype = Literal["uint8", "uint16", "float32"]
+PerChannel = float | tuple[float, ...]
 
 
 class FileEntry(Model):
@@ -21,37 +27,79 @@ class FileEntry(Model):
     bytes: int = Field(ge=0)
 
 
+class Graph(Model):
+    """One ONNX file. ``inputs`` and ``outputs`` map roles to names in the graph; an input not listed is not fed.
+
+    Key-value caches have names of their own, see KeyValueCache.
+    """
+
+    file: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
 class InputSpec(Model):
-    """How raster pixels become tiles of one task.
+    """How raster pixels become the pixels of one task.
 
     A value x of a source dtype with range (lo, hi) becomes ((x - lo) / (hi - lo) - mean) / std. Ranges are fixed:
     statistics of a tile would make seams. Bands that the raster lacks, and invalid pixels, are 0.
+
+    Without ``prepare`` tiles of ``tile_px`` are cut straight from the raster. With it, the cut tile or the whole image
+    is first brought to 8 bits (by its range), goes through the steps, and is then normalised.
     """
 
     bands: tuple[BandRole, ...] = Field(min_length=1)
     ranges: dict[SourceDtype, tuple[float, float]]
-    mean: float
-    std: float = Field(gt=0)
-    tile_px: int = Field(gt=0, multiple_of=32)
+    mean: PerChannel
+    std: PerChannel
+    tile_px: int = Field(gt=0)
     overlap_px: int = Field(ge=0)
-    resolution_m: tuple[float, float]
-    """Ground resolution the task was trained for, finest first; rasters outside are resampled to the nearer end."""
-    resampling: Literal["bilinear"]
+    resolution_m: tuple[float, float] | None
+    """Ground resolution the task was trained for, finest first; rasters outside are resampled to the nearer end.
+    None: not known, and tiles are native pixels."""
+    whole_px: int = Field(ge=0)
+    """An image of unknown ground resolution (its own or the task's) is looked at whole up to this long side."""
+    resampling: Filter
+    prepare: tuple[Step, ...] = ()
 
 
 class TaskMemory(Model):
-    """Anonymous bytes, measured in a fresh process per task (one thread, onnxruntime CPU)."""
+    """Anonymous bytes of one task (one thread, onnxruntime CPU)."""
 
     session_bytes: int = Field(gt=0)
     """Growth from importing the engine and opening every session of the task."""
     tile_bytes: int = Field(gt=0)
     """Growth of the peak per tile of a batch while they run."""
+    measured: bool = True
+    """In a fresh process; else estimated from the bytes of the weights."""
+
+
+class Tokenizer(Model):
+    """``tokenizer.json`` and how it is used."""
+
+    file: str
+    add_special_tokens: bool
+    max_length: int | None = Field(default=None, gt=0)
+    """Longer texts are cut, special tokens kept."""
+    pad_to: int | None = Field(default=None, gt=0)
+    """Fixed length of a model that wants one."""
+    pad_id: int = 0
+
+
+class TextEncoder(Model):
+    """Texts -> ``embedding`` [N, D] by a graph that takes ``input_ids`` and, where listed, ``attention_mask`` and
+    ``token_type_ids``."""
+
+    graph: str
+    tokenizer: Tokenizer
 
 
 class DetectTask(Model):
     """Boxes from a heat map of object centres and distances to the four sides."""
 
+    kind: Literal["heat_map"]
     input: InputSpec
+    encoder: str
     head: str
     encoder_outputs: tuple[str, ...]
     classes: tuple[str, ...] = Field(min_length=1)
@@ -62,44 +110,160 @@ class DetectTask(Model):
     memory: TaskMemory
 
 
+class OpenDetectTask(Model):
+    """Boxes for any words (Minderer et al. 2022, "Simple Open-Vocabulary Object Detection").
+
+    The encoder gives ``class_embeds`` [N, P, D], ``boxes`` [N, P, 4] (centre x, y, width, height as shares of the
+    prepared image), ``logit_shift`` and ``logit_scale`` [N, P]; the score of a query is
+    sigmoid((cosine + shift) * scale).
+    """
+
+    kind: Literal["open_vocabulary"]
+    input: InputSpec
+    encoder: str
+    text: TextEncoder
+    query_prompt: str
+    """``{label}`` stands for the word asked for."""
+    score_threshold: float = Field(gt=0, lt=1)
+    nms_iou: float = Field(gt=0, lt=1)
+    max_boxes_per_tile: int = Field(gt=0)
+    memory: TaskMemory
+
+
 class ChangeTask(Model):
     """Probability of change from features of two dates."""
 
     input: InputSpec
+    encoder: str
     head: str
     encoder_outputs: tuple[str, ...]
     stride: int = Field(gt=0)
     threshold: float = Field(gt=0, lt=1)
+    mirrored: bool
+    """Probabilities are the mean of the pair's and of its mirror image's: twice the work."""
     min_area_m2: float = Field(ge=0)
     min_area_px: int = Field(ge=1)
     memory: TaskMemory
 
 
-class CaptionTask(Model):
-    """A Llama-architecture decoder on projected visual tokens."""
+class KeyValueCache(Model):
+    """Tensors [N, heads, past, head_dim] named by patterns with ``{layer}`` and ``{part}`` (key, value)."""
 
-    input: InputSpec
-    prefix: str
-    embed: str
-    decoder: str
-    encoder_outputs: tuple[str, ...]
-    tokenizer: str
-    bos_id: int
-    eos_id: int
     layers: int = Field(gt=0)
     heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
+    past: str = "past_key_values.{layer}.{part}"
+    present: str = "present.{layer}.{part}"
+
+
+class VisualTokens(Model):
+    """How an image is written into a prompt: ``token`` repeated once per visual token, inside these patterns.
+
+    ``single`` is the image as one tile; a split image is ``tile`` for each tile (with ``{row}`` and ``{col}`` from 1),
+    ``row_end`` after each row, and then ``overview``. ``{tokens}`` is where the repeated token goes.
+    """
+
+    token: str | None
+    """None: the features come before the text, which does not mention them."""
+    per_tile: int | None = Field(default=None, gt=0)
+    unit_px: int | None = Field(default=None, gt=0)
+    """Without ``per_tile``: a tile of H x W pixels has (H / unit_px) * (W / unit_px) visual tokens."""
+    single: str = "{tokens}"
+    tile: str | None = None
+    row_end: str = ""
+    overview: str | None = None
+
+
+class BoxFormat(Model):
+    """Boxes in an answer: four numbers x0, y0, x1, y1 somewhere between ``open`` and ``close``.
+
+    They are shares of the image times ``scale``, or pixels of the prepared image where ``scale`` is None.
+    """
+
+    open: str = Field(min_length=1)
+    close: str = Field(min_length=1)
+    scale: float | None = Field(default=None, gt=0)
+
+
+class GenerateTask(Model):
+    """Text from an image and a prompt, token by token.
+
+    ``encoder`` gives ``encoder_outputs`` of the pixels, which ``project`` (or the encoder itself, where it is None and
+    the one output is ``features``) turns into visual tokens [N, T, D]; ``embed`` maps ``input_ids`` to
+    ``inputs_embeds``; ``decoder`` takes those, and ``attention_mask`` and ``position_ids`` where it lists them, and
+    gives ``logits`` [N, any, V] whose last row is the next token.
+    """
+
+    kind: Literal["generate"]
+    input: InputSpec
+    encoder: str
+    encoder_outputs: tuple[str, ...]
+    project: str | None
+    embed: str
+    decoder: str
+    tokenizer: Tokenizer
+    visual: VisualTokens
+    prompt: str
+    """``{image}`` is the image written by ``visual``, ``{text}`` the question or phrase."""
+    positions: Literal["sequence", "mrope"]
+    """mrope: three rows of positions, an image's tokens by row and column (Wang et al. 2024, "Qwen2-VL")."""
+    cache: KeyValueCache
+    eos_ids: tuple[int, ...] = Field(min_length=1)
     max_tokens: int = Field(gt=0)
     beams: int = Field(gt=0)
     length_penalty: float
     """Beams are ranked by log-probability / length ** length_penalty (after Wu et al. 2016, section 7)."""
+    boxes: BoxFormat | None = None
     memory: TaskMemory
 
 
+class AnswerTask(Model):
+    """A question answered by one class of many (Kim et al. 2021, "ViLT"): ``graph`` takes ``tiles`` (or ``features``
+    [N, R, D] of regions, where ``input`` is None) and the question's ``input_ids``, and gives ``logits`` [N, K]."""
+
+    kind: Literal["answer_classes"]
+    input: InputSpec | None
+    graph: str
+    tokenizer: Tokenizer
+    answers: str
+    """A text file, one answer per line."""
+    score: Literal["sigmoid", "softmax"]
+    memory: TaskMemory
+
+
+class MatchTask(Model):
+    """Images and texts in one space (Radford et al. 2021, "CLIP"): classes of scenes, and retrieval.
+
+    ``encoder`` gives ``embedding`` [N, D] of the pixels. Class scores are softmax or sigmoid of
+    cosine * logit_scale + logit_bias.
+    """
+
+    input: InputSpec
+    encoder: str
+    text: TextEncoder
+    label_prompt: str
+    """``{label}`` stands for the class."""
+    score: Literal["sigmoid", "softmax"]
+    logit_scale: float
+    logit_bias: float = 0.0
+    memory: TaskMemory
+
+
+AnyDetectTask = Annotated[DetectTask | OpenDetectTask, Field(discriminator="kind")]
+AnyGroundTask = Annotated[GenerateTask | OpenDetectTask, Field(discriminator="kind")]
+AnyAskTask = Annotated[GenerateTask | AnswerTask, Field(discriminator="kind")]
+
+
 class Tasks(Model):
-    detect: DetectTask | None = None
+    """What the bundle answers; the keys are the verbs."""
+
+    detect: AnyDetectTask | None = None
     change: ChangeTask | None = None
-    caption: CaptionTask | None = None
+    caption: GenerateTask | None = None
+    ask: AnyAskTask | None = None
+    ground: AnyGroundTask | None = None
+    classify: MatchTask | None = None
+    search: MatchTask | None = None
 
 
 class Accuracy(Model):
@@ -114,15 +278,27 @@ class Accuracy(Model):
     command: str
 
 
-class Probe(Model):
-    """Golden inputs and outputs. ``tolerance`` is the greatest absolute difference of a probability."""
+class ProbeCase(Model):
+    """Golden inputs and outputs of one graph in an ``.npz``: arrays ``in.NAME`` and ``out.NAME`` by graph names."""
 
+    graph: str
     file: str
     tolerance: float = Field(gt=0)
+    """Greatest absolute difference, as a share of the greatest absolute value of that output."""
+
+
+class StepRecord(Model):
+    """One step of the export: what it did, with which tools, what the gate measured and what was let through."""
+
+    step: str
+    hash: str = Field(pattern="^[0-9a-f]{64}$")
+    tools: dict[str, str]
+    metrics: dict[str, float | int | str]
+    allowed: tuple[str, ...] = ()
 
 
 class Manifest(Model):
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: str
     version: int = Field(ge=1)
     """Monotonic: a higher number is newer."""
@@ -131,9 +307,10 @@ class Manifest(Model):
     training_data: tuple[str, ...]
     engine: Literal["onnxruntime"]
     precision: str
-    encoder: str
+    graphs: dict[str, Graph]
     tasks: Tasks
-    accuracy: tuple[Accuracy, ...]
-    probe: Probe
+    accuracy: tuple[Accuracy, ...] = ()
+    probe: tuple[ProbeCase, ...]
+    steps: tuple[StepRecord, ...] = ()
     files: dict[str, FileEntry]
-    """Every file of the bundle but the manifest itself, by relative path."""
+    """Every file of the bundle but the manifest and its signature, by relative path."""

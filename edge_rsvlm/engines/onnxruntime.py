@@ -5,6 +5,7 @@ PyPI's aarch64 wheel is CPU-only: on a Jetson this engine uses the CPU.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from edge_rsvlm.errors import BudgetError, BundleError, UsageError
 from edge_rsvlm.types import InferenceSession
 
+# Its wheels for Linux report to their maker from the moment of the import, and keep a device id in the user's cache.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 try:
     import onnxruntime as ort
 except ImportError as missing:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from edge_rsvlm.geo import PixelMapper, box_ring, feature_geometry
+from edge_rsvlm.config.manifest import GenerateTask
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
-from edge_rsvlm.pipeline.runtime import Pace, Runtime, caption_task
-from edge_rsvlm.pipeline.stream import View, scene_batches
-from edge_rsvlm.tasks.caption import summarise
-from edge_rsvlm.tasks.encode import encode
+from edge_rsvlm.pipeline.per_tile import each_tile, emit_tile, mapper_of
+from edge_rsvlm.pipeline.runtime import Pace, Runtime
+from edge_rsvlm.pipeline.stream import Seen, View
+from edge_rsvlm.tasks.generate import Sampling
+from edge_rsvlm.tasks.summary import summarise
 
 
 @dataclass
@@ -21,26 +20,26 @@ class CaptionOutcome(Outcome):
     caption: str | None = None
 
 
-def caption(runtime: Runtime, view: View, pace: Pace, emit: Emit) -> CaptionOutcome:
+def caption(
+    runtime: Runtime, task: GenerateTask, view: View, sampling: Sampling | None, pace: Pace, emit: Emit
+) -> CaptionOutcome:
     """Emit ``{"caption", "box"}`` per tile (box x, y, w, h in raster pixels) and return the image's caption."""
-    task, outcome = caption_task(runtime.manifest), CaptionOutcome()
-    mapper = PixelMapper(view.rasters[0].georeference)
-    outcome.warnings += [*view.warnings, *([mapper.warning] if mapper.warning else [])]
+    outcome = CaptionOutcome()
+    mapper = mapper_of(view, outcome)
     captions: list[str] = []
     weights: list[float] = []
-    with scene_batches(view, pace, outcome) as source:
-        for tiles in source:
-            kept = np.flatnonzero(tiles.valid_fraction_N > 0)
-            if not len(kept):
-                continue
-            with outcome.clock("engine"):
-                features = encode(runtime.encoder, tiles.tiles_NCHW[0][kept], task.encoder_outputs)
-                sentences = runtime.captioner(features)
-            for n, sentence in zip(kept, sentences, strict=True):
-                x0, y0, x1, y1 = np.clip(tiles.boxes_N4[n], 0, np.tile(view.size, 2))
-                record = {"caption": sentence, "box": [round(float(v), 2) for v in (x0, y0, x1 - x0, y1 - y0)]}
-                emit(record, feature_geometry([box_ring(np.array([x0, y0, x1, y1]))], mapper))
-                captions.append(sentence)
-                weights.append(float(tiles.valid_fraction_N[n]) * float((x1 - x0) * (y1 - y0)))
+
+    def use(seen: Seen, sentence: str) -> None:
+        emit_tile(emit, mapper, seen, {"caption": sentence})
+        captions.append(sentence)
+        weights.append(seen.valid_px)
+
+    each_tile(
+        view,
+        pace,
+        outcome,
+        lambda tiles, kept: runtime.generator("caption", task)(tiles.dates[0].chosen(kept), "", sampling),
+        use,
+    )
     outcome.caption = summarise(captions, weights) if captions else None
     return outcome

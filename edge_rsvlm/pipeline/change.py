@@ -14,9 +14,9 @@ from edge_rsvlm.geo import PixelMapper, area_m2, feature_geometry
 from edge_rsvlm.merge.regions import Region, RegionMerger
 from edge_rsvlm.pipeline.canvas import LEVELS, UNKNOWN, ProbabilityCanvas, sample
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
-from edge_rsvlm.pipeline.runtime import Pace, Runtime, change_task
+from edge_rsvlm.pipeline.per_tile import mapper_of
+from edge_rsvlm.pipeline.runtime import Pace, Runtime
 from edge_rsvlm.pipeline.stream import TileBatch, View, scene_batches
-from edge_rsvlm.tasks.encode import encode
 
 STRIP_PIXELS = 1 << 18
 MaskRows = Callable[[int, NDArray[np.uint8]], None]
@@ -96,14 +96,15 @@ def _joined(geometries: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     return {"type": "MultiPolygon", "coordinates": parts} if parts else None
 
 
-def change(runtime: Runtime, view: View, pace: Pace, emit: Emit, mask_rows: MaskRows | None = None) -> ChangeOutcome:
+def change(
+    runtime: Runtime, task: ChangeTask, view: View, pace: Pace, emit: Emit, mask_rows: MaskRows | None = None
+) -> ChangeOutcome:
     """Compare the two rasters of ``view`` (before, after), which lie on one grid.
 
     Emits ``{"score", "area_m2", "area_px", "polygon"}`` per changed region, the polygon as a geometry in raster pixels.
     """
-    task, outcome = change_task(runtime.manifest), ChangeOutcome()
-    mapper = PixelMapper(view.rasters[1].georeference)
-    outcome.warnings += [*view.warnings, *([mapper.warning] if mapper.warning else [])]
+    outcome = ChangeOutcome()
+    mapper = mapper_of(view, outcome)
     canvas = ProbabilityCanvas(*view.size)
     results = _Results(task, mapper, view.size[0], outcome, emit)
 
@@ -131,8 +132,8 @@ def change(runtime: Runtime, view: View, pace: Pace, emit: Emit, mask_rows: Mask
 
 
 def _compare(runtime: Runtime, task: ChangeTask, tiles: TileBatch, kept: NDArray[np.intp]) -> NDArray[np.float32]:
-    before, after = (encode(runtime.encoder, date[kept], task.encoder_outputs) for date in tiles.tiles_NCHW)
-    return runtime.change_detector(before, after)
+    before_NCHW, after_NCHW = (date.pixels_NCHW(kept) for date in tiles.dates)
+    return runtime.change_detector(task)(before_NCHW, after_NCHW)
 
 
 def _paint(

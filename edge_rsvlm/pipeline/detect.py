@@ -1,21 +1,27 @@
-"""Detection over a scene of any size: boxes stream out as soon as no later tile can change them."""
+"""Objects: of the classes that the bundle knows, or of any words where its vocabulary is open."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from edge_rsvlm.config.manifest import DetectTask, GenerateTask, OpenDetectTask
 from edge_rsvlm.errors import UsageError
-from edge_rsvlm.geo import PixelMapper, box_ring, feature_geometry
-from edge_rsvlm.merge.boxes import BoxMerger, concatenate, empty_boxes
+from edge_rsvlm.pipeline.boxes import Find, merge_boxes
+from edge_rsvlm.pipeline.cut import extent_xy
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
-from edge_rsvlm.pipeline.runtime import Pace, Runtime, detect_task
-from edge_rsvlm.pipeline.stream import TileBatch, View, scene_batches
+from edge_rsvlm.pipeline.per_tile import Kept, mapper_of
+from edge_rsvlm.pipeline.runtime import Pace, Runtime
+from edge_rsvlm.pipeline.stream import TileBatch, View
 from edge_rsvlm.tasks.encode import encode
 from edge_rsvlm.types import Boxes
+
+BORDER_SHARE = 0.25
+"""Where a model has no stride, two tiles may place one object apart by this share of their overlap."""
 
 
 @dataclass(frozen=True)
@@ -26,64 +32,77 @@ class DetectQuery:
     score_threshold: float | None = None
 
 
-def wanted_classes(query: DetectQuery, classes: Sequence[str]) -> set[int]:
-    """Class indices of the query; UsageError names the nearest known word of one outside the vocabulary."""
-    for label in query.labels:
-        if label not in classes:
-            near = difflib.get_close_matches(label, classes, n=1, cutoff=0.4)
+def wanted_labels(query: DetectQuery, task: DetectTask | OpenDetectTask) -> tuple[str, ...]:
+    """The labels to look for, each once.
+
+    Raises UsageError for a word outside a fixed vocabulary, with the nearest known one, and where any word will do but
+    none was given.
+    """
+    labels = tuple(dict.fromkeys(label.strip() for label in query.labels))
+    if isinstance(task, OpenDetectTask):
+        if not labels or not all(labels):
+            raise UsageError("this bundle finds what you name, and nothing was named", fix='add --query "airplane"')
+        return labels
+    for label in labels:
+        if label not in task.classes:
+            near = difflib.get_close_matches(label, task.classes, n=1, cutoff=0.4)
             hint = f"did you mean '{near[0]}'? " if near else ""
-            raise UsageError(f"'{label}' is not in this bundle's vocabulary", fix=f"{hint}known: {', '.join(classes)}")
-    return {i for i, name in enumerate(classes) if not query.labels or name in query.labels}
+            known = ", ".join(task.classes)
+            raise UsageError(f"'{label}' is not in this bundle's vocabulary", fix=f"{hint}known: {known}")
+    return labels or task.classes
 
 
-def detect(runtime: Runtime, view: View, query: DetectQuery, pace: Pace, emit: Emit) -> Outcome:
+def detect(
+    runtime: Runtime, task: DetectTask | OpenDetectTask, view: View, query: DetectQuery, pace: Pace, emit: Emit
+) -> Outcome:
     """Emit every object of the view's raster: ``{"label", "score", "box"}``, box x, y, w, h in raster pixels."""
-    task, outcome = detect_task(runtime.manifest), Outcome()
-    wanted = wanted_classes(query, task.classes)
-    mapper = PixelMapper(view.rasters[0].georeference)
-    outcome.warnings += [*view.warnings, *([mapper.warning] if mapper.warning else [])]
-    detector = runtime.detector(query.score_threshold)
-    merger = BoxMerger(task.nms_iou)
+    outcome = Outcome()
+    labels = wanted_labels(query, task)
+    if isinstance(task, DetectTask):
+        names, margin_px = task.classes, float(task.stride)
+        find = _by_heat_map(runtime, task, query.score_threshold, [task.classes.index(label) for label in labels])
+    else:
+        names, margin_px = labels, border_px(task)
+        find = by_words(runtime, task, labels, query.score_threshold)
 
-    def release(boxes: Boxes) -> None:
-        for xyxy, score, label in zip(boxes.xyxy_N4, boxes.scores_N, boxes.labels_N, strict=True):
-            x0, y0, x1, y1 = (round(float(v), 2) for v in xyxy)
-            box = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
-            record = {"label": task.classes[label], "score": round(float(score), 4), "box": box}
-            emit(record, feature_geometry([box_ring(xyxy)], mapper))
+    def describe(score: float, label: int) -> dict[str, Any]:
+        return {"label": names[label], "score": round(score, 4)}
 
-    with scene_batches(view, pace, outcome) as source:
-        for tiles in source:
-            with outcome.clock("engine"):
-                kept = np.flatnonzero(tiles.valid_fraction_N > 0)
-                found = []
-                if len(kept):
-                    features = encode(runtime.encoder, tiles.tiles_NCHW[0][kept], task.encoder_outputs)
-                    found = detector(features)
-            with outcome.clock("merge"):
-                owned = [
-                    _owned(boxes, tiles, int(n), view, task.stride, wanted)
-                    for n, boxes in zip(kept, found, strict=True)
-                ]
-                release(merger.feed(concatenate([empty_boxes(), *owned]), tiles.frontier_row))
-    with outcome.clock("merge"):
-        release(merger.flush())
+    mapper = mapper_of(view, outcome)
+    merge_boxes(
+        view, pace, outcome, find, describe, emit, mapper=mapper, nms_iou=task.nms_iou, margin_px=margin_px
+    )  # fmt: skip
     return outcome
 
 
-def _owned(boxes: Boxes, tiles: TileBatch, n: int, view: View, margin_px: int, wanted: set[int]) -> Boxes:
-    """Boxes in raster pixels of the objects whose centre tile ``n`` owns.
+def border_px(task: OpenDetectTask | GenerateTask) -> float:
+    """How far beyond its own part of the scene a tile may see the centre of an object."""
+    return BORDER_SHARE * task.input.overlap_px
 
-    Two tiles place the centre of one object a little differently, so each takes what lies up to ``margin_px`` tile
-    pixels beyond its core: none is lost on the border, and suppression removes the second.
-    """
-    tile, core = tiles.boxes_N4[n], tiles.cores_N4[n]
-    scale = (tile[2:] - tile[:2]) / view.spec.tile_px
-    limit = np.concatenate([np.maximum(tile[:2], 0), np.minimum(tile[2:], view.size)])
-    xyxy = boxes.xyxy_N4 * np.tile(scale, 2) + np.tile(tile[:2], 2)
-    xyxy = np.clip(xyxy, np.tile(limit[:2], 2), np.tile(limit[2:], 2))
-    centre = (xyxy[:, :2] + xyxy[:, 2:]) / 2
-    inside = (centre >= core[:2] - margin_px * scale) & (centre < core[2:] + margin_px * scale)
-    keep = inside.all(axis=1) & np.isin(boxes.labels_N, sorted(wanted))
-    keep &= (xyxy[:, 2:] - xyxy[:, :2] > 0).all(axis=1)
-    return Boxes(xyxy[keep], boxes.scores_N[keep], boxes.labels_N[keep])
+
+def _by_heat_map(runtime: Runtime, task: DetectTask, threshold: float | None, wanted: Sequence[int]) -> Find:
+    def find(tiles: TileBatch, kept: Kept) -> list[Boxes]:
+        pixels_NCHW = tiles.dates[0].pixels_NCHW(kept)
+        features = encode(runtime.open(task.encoder), pixels_NCHW, task.encoder_outputs)
+        return [_of_labels(boxes, wanted) for boxes in runtime.detector(task, threshold)(features)]
+
+    return find
+
+
+def _of_labels(boxes: Boxes, wanted: Sequence[int]) -> Boxes:
+    keep = np.isin(boxes.labels_N, wanted)
+    return Boxes(boxes.xyxy_N4[keep], boxes.scores_N[keep], boxes.labels_N[keep])
+
+
+def by_words(runtime: Runtime, task: OpenDetectTask, labels: Sequence[str], threshold: float | None) -> Find:
+    """Boxes for any words."""
+
+    def find(tiles: TileBatch, kept: Kept) -> list[Boxes]:
+        cut = tiles.dates[0]
+        shares = runtime.open_detector(task, labels, threshold)(cut.pixels_NCHW(kept))
+        return [
+            Boxes(boxes.xyxy_N4 * np.tile(extent_xy(image), 2), boxes.scores_N, boxes.labels_N)
+            for image, boxes in zip(cut.chosen(kept), shares, strict=True)
+        ]
+
+    return find

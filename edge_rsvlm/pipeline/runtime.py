@@ -1,24 +1,42 @@
-"""A bundle made ready: its sessions, opened when first needed and shared by every task and input."""
+"""A bundle made ready: its sessions and tasks, made when first needed and shared by every input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from numpy.typing import NDArray
 
 from edge_rsvlm.budget import MemoryPlan
 from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.config.manifest import CaptionTask, ChangeTask, DetectTask, Manifest
-from edge_rsvlm.errors import UsageError
+from edge_rsvlm.config.manifest import (
+    AnswerTask,
+    ChangeTask,
+    DetectTask,
+    GenerateTask,
+    Graph,
+    Manifest,
+    MatchTask,
+    OpenDetectTask,
+    Tasks,
+    TextEncoder,
+)
+from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.pipeline.outcome import Deadline, Progress
-from edge_rsvlm.tasks.caption import Captioner, CaptionSessions
+from edge_rsvlm.tasks.answer import Answerer
 from edge_rsvlm.tasks.change import ChangeDetector
+from edge_rsvlm.tasks.decoder import cache_names
 from edge_rsvlm.tasks.detect import Detector
+from edge_rsvlm.tasks.generate import GenerateSessions, Generator
+from edge_rsvlm.tasks.match import Matcher
+from edge_rsvlm.tasks.open_detect import OpenDetector
+from edge_rsvlm.tasks.text import Texts
 from edge_rsvlm.types import InferenceSession
 
 T = TypeVar("T")
+AnyTask = DetectTask | OpenDetectTask | ChangeTask | GenerateTask | AnswerTask | MatchTask
 
 
 class Engine(Protocol):
@@ -37,58 +55,177 @@ class Pace:
     progress: Progress | None = None
 
 
+class RoleSession:
+    """A session spoken to in roles, which the manifest maps to the graph's own names.
+
+    Inputs that the graph does not list are not fed. ``caches`` keep their names.
+    """
+
+    def __init__(self, session: InferenceSession, graph: Graph, caches: frozenset[str]) -> None:
+        self._session, self._outputs = session, graph.outputs
+        self._inputs = graph.inputs | {name: name for name in caches}
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        fed = {self._inputs[role]: value for role, value in inputs.items() if role in self._inputs}
+        return self._session.run(fed, [self._outputs.get(role, role) for role in outputs])
+
+
 class Runtime:
-    """Sessions of one bundle on one engine."""
+    """Sessions and tasks of one bundle on one engine."""
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle, self._engine = bundle, engine
+        self._made: dict[Hashable, Any] = {}
 
     @property
     def manifest(self) -> Manifest:
         return self.bundle.manifest
 
-    def open(self, name: str) -> InferenceSession:
-        return self._engine.open(self.bundle.path(name))
+    def open(self, graph: str) -> InferenceSession:
+        """The session of a graph that the manifest names."""
+        if graph not in self.manifest.graphs:
+            raise BundleError(f"bundle '{self.manifest.name}' has no graph '{graph}'", fix="make the bundle again")
+        return self._once(("graph", graph), lambda: self._open(graph))
 
-    @cached_property
-    def encoder(self) -> InferenceSession:
-        return self.open(self.manifest.encoder)
+    def _open(self, name: str) -> InferenceSession:
+        graph = self.manifest.graphs[name]
+        return RoleSession(self._engine.open(self.bundle.path(graph.file)), graph, _caches(self.manifest.tasks, name))
 
-    @cached_property
-    def _detect_head(self) -> InferenceSession:
-        return self.open(detect_task(self.manifest).head)
+    def _once(self, key: Hashable, make: Callable[[], T]) -> T:
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
 
-    def detector(self, score_threshold: float | None = None) -> Detector:
-        return Detector(detect_task(self.manifest), self._detect_head, score_threshold=score_threshold)
+    def detector(self, task: DetectTask, score_threshold: float | None = None) -> Detector:
+        return Detector(task, self.open(task.head), score_threshold=score_threshold)
 
-    @cached_property
-    def change_detector(self) -> ChangeDetector:
-        task = change_task(self.manifest)
-        return ChangeDetector(task, self.open(task.head))
+    def open_detector(
+        self, task: OpenDetectTask, labels: Sequence[str], score_threshold: float | None = None
+    ) -> OpenDetector:
+        """Kept from input to input, since it holds the embedded ``labels``."""
 
-    @cached_property
-    def captioner(self) -> Captioner:
-        task = caption_task(self.manifest)
-        sessions = CaptionSessions(self.open(task.prefix), self.open(task.embed), self.open(task.decoder))
-        return Captioner(task, sessions, self.bundle.path(task.tokenizer))
+        def make() -> OpenDetector:
+            text = self.open(task.text.graph)
+            return OpenDetector(
+                task, self.open(task.encoder), text, self._texts(task.text), labels, score_threshold=score_threshold
+            )
+
+        return self._once(("open", task.encoder, *labels, score_threshold), make)
+
+    def change_detector(self, task: ChangeTask) -> ChangeDetector:
+        return ChangeDetector(task, self.open(task.encoder), self.open(task.head))
+
+    def generator(self, verb: str, task: GenerateTask) -> Generator:
+        def make() -> Generator:
+            project = None if task.project is None else self.open(task.project)
+            sessions = GenerateSessions(
+                encoder=self.open(task.encoder),
+                project=project,
+                embed=self.open(task.embed),
+                decoder=self.open(task.decoder),
+            )
+            roles = frozenset(self.manifest.graphs[task.decoder].inputs)
+            return Generator(task, sessions, roles, self.bundle.path(task.tokenizer.file))
+
+        return self._once(("generate", verb), make)
+
+    def answerer(self, task: AnswerTask) -> Answerer:
+        def make() -> Answerer:
+            answers = _lines(self.bundle.path(task.answers))
+            texts = Texts(task.tokenizer, self.bundle.path(task.tokenizer.file))
+            return Answerer(task, self.open(task.graph), texts, answers)
+
+        return self._once(("answer", task.graph), make)
+
+    def matcher(self, verb: str, task: MatchTask) -> Matcher:
+        def make() -> Matcher:
+            return Matcher(task, self.open(task.encoder), self.open(task.text.graph), self._texts(task.text))
+
+        return self._once(("match", verb), make)
+
+    def _texts(self, encoder: TextEncoder) -> Texts:
+        return Texts(encoder.tokenizer, self.bundle.path(encoder.tokenizer.file))
 
 
-def _offered(task: T | None, name: str, manifest: Manifest) -> T:
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as exc:
+        raise BundleError(f"{path.name} is not UTF-8 ({exc})", fix="make the bundle again") from exc
+
+
+def _caches(tasks: Tasks, graph: str) -> frozenset[str]:
+    """Names of the cache inputs of a graph that decodes."""
+    decoded = [task for _, task in _present(tasks) if isinstance(task, GenerateTask) and task.decoder == graph]
+    return frozenset(name for task in decoded for name in cache_names(task.cache).values())
+
+
+def _present(tasks: Tasks) -> list[tuple[str, AnyTask]]:
+    found = [(verb, getattr(tasks, verb)) for verb in Tasks.model_fields]
+    return [(verb, task) for verb, task in found if task is not None]
+
+
+def offered_verbs(manifest: Manifest) -> tuple[str, ...]:
+    """The tasks of a bundle, by the name of their verb."""
+    return tuple(verb for verb, _ in _present(manifest.tasks))
+
+
+def _lacking(manifest: Manifest, verb: str) -> UsageError:
+    can = ", ".join(offered_verbs(manifest)) or "nothing"
+    return UsageError(
+        f"bundle '{manifest.name}' has no {verb} task, it can do: {can}", fix="name another with --bundle"
+    )
+
+
+def task_of(manifest: Manifest, verb: str) -> AnyTask:
+    """The task behind a verb (``search`` for both index and search); UsageError when the bundle does not have it."""
+    task: AnyTask | None = getattr(manifest.tasks, verb)
     if task is None:
-        raise UsageError(f"bundle '{manifest.name}' has no {name} head", fix="name another with --bundle")
+        raise _lacking(manifest, verb)
     return task
 
 
-def detect_task(manifest: Manifest) -> DetectTask:
-    return _offered(manifest.tasks.detect, "detect", manifest)
+def detect_task(manifest: Manifest) -> DetectTask | OpenDetectTask:
+    if manifest.tasks.detect is None:
+        raise _lacking(manifest, "detect")
+    return manifest.tasks.detect
 
 
 def change_task(manifest: Manifest) -> ChangeTask:
-    return _offered(manifest.tasks.change, "change", manifest)
+    if manifest.tasks.change is None:
+        raise _lacking(manifest, "change")
+    return manifest.tasks.change
 
 
-def caption_task(manifest: Manifest) -> CaptionTask:
-    return _offered(manifest.tasks.caption, "caption", manifest)
+def caption_task(manifest: Manifest) -> GenerateTask:
+    if manifest.tasks.caption is None:
+        raise _lacking(manifest, "caption")
+    return manifest.tasks.caption
+
+
+def ask_task(manifest: Manifest) -> GenerateTask | AnswerTask:
+    if manifest.tasks.ask is None:
+        raise _lacking(manifest, "ask")
+    return manifest.tasks.ask
+
+
+def ground_task(manifest: Manifest) -> GenerateTask | OpenDetectTask:
+    if manifest.tasks.ground is None:
+        raise _lacking(manifest, "ground")
+    return manifest.tasks.ground
+
+
+def classify_task(manifest: Manifest) -> MatchTask:
+    if manifest.tasks.classify is None:
+        raise _lacking(manifest, "classify")
+    return manifest.tasks.classify
+
+
+def search_task(manifest: Manifest) -> MatchTask:
+    if manifest.tasks.search is None:
+        raise _lacking(manifest, "search")
+    return manifest.tasks.search
 
 
 EngineFactory = Callable[[int, int], Engine]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_rsvlm.config.manifest import InputSpec, SourceDtype
-from edge_rsvlm.errors import InputError
+from edge_rsvlm.config.manifest import InputSpec, PerChannel, SourceDtype
+from edge_rsvlm.errors import BundleError, InputError
 from edge_rsvlm.pipeline.outcome import Outcome
 from edge_rsvlm.raster.radiometry import matched, sample_both
 from edge_rsvlm.raster.reader import Raster
@@ -49,18 +49,30 @@ def scalings(spec: InputSpec, rasters: Sequence[Raster], outcome: Outcome) -> li
 def _scaling(
     spec: InputSpec, lookup: dict[str, int], linear: dict[str, tuple[float, float]], values: tuple[float, float]
 ) -> Scaling:
-    """First ``linear`` of the role, then from the range ``values`` to the model's."""
+    """First ``linear`` of the role, then from the range ``values`` to the model's, or to 8 bits for its steps."""
     low, high = values
-    gain, bias = 1 / ((high - low) * spec.std), (-low / (high - low) - spec.mean) / spec.std
+    count = len(spec.bands)
+    means, stds = (per_channel(spec.mean, count), per_channel(spec.std, count))
+    if spec.prepare:
+        means, stds = (0.0,) * count, (1 / 255,) * count
     rows = []
-    for role in spec.bands:
+    for role, mean, std in zip(spec.bands, means, stds, strict=True):
         if role in linear:
             g, o = linear[role]
+            gain, bias = 1 / ((high - low) * std), (-low / (high - low) - mean) / std
             rows.append((lookup[role], g * gain, o * gain + bias))
         else:
             rows.append((VALIDITY if role == "validity" else ABSENT, 1.0, 0.0))
     bands, gains, biases = zip(*rows, strict=True)
     return Scaling(bands, gains, biases)
+
+
+def per_channel(value: PerChannel, count: int) -> tuple[float, ...]:
+    """A mean or deviation for each of ``count`` channels."""
+    values = value if isinstance(value, tuple) else (value,) * count
+    if len(values) != count:
+        raise BundleError(f"an input has {count} bands and {len(values)} means or deviations", fix="export it again")
+    return values
 
 
 def role_bands(raster: Raster) -> dict[str, int]:

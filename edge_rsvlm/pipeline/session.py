@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_rsvlm.budget import Demand, MemoryPlan, plan_memory, process_bytes
 from edge_rsvlm.bundle import Bundle
+from edge_rsvlm.config.manifest import AnswerTask, Tasks
+from edge_rsvlm.errors import InputError
+from edge_rsvlm.pipeline.ask import AskOutcome, ask, ask_features, read_features
 from edge_rsvlm.pipeline.caption import CaptionOutcome, caption
 from edge_rsvlm.pipeline.change import ChangeOutcome, MaskRows, change
+from edge_rsvlm.pipeline.classify import ClassifyOutcome, classify
 from edge_rsvlm.pipeline.detect import DetectQuery, detect
+from edge_rsvlm.pipeline.embed import EmbedOutcome, EmitVector, embed
+from edge_rsvlm.pipeline.ground import ground
 from edge_rsvlm.pipeline.outcome import Deadline, Emit, Outcome, Progress
 from edge_rsvlm.pipeline.runtime import (
     EngineFactory,
     Pace,
     Runtime,
+    ask_task,
     caption_task,
     change_task,
+    classify_task,
     cpu_engine,
     detect_task,
+    ground_task,
+    search_task,
+    task_of,
 )
 from edge_rsvlm.pipeline.stream import View
-from edge_rsvlm.pipeline.views import caption_view, demand, scene_view
+from edge_rsvlm.pipeline.views import demand, image_view, scene_view
 from edge_rsvlm.raster.align import open_aligned
 from edge_rsvlm.raster.reader import Raster, open_raster
+from edge_rsvlm.tasks.generate import Sampling
 from edge_rsvlm.types import Georeference
-
-TASKS = ("caption", "detect", "change")
 
 
 @dataclass(frozen=True)
@@ -47,63 +60,132 @@ class Session:
 
     bundle: Bundle
     limits: Limits
-    tasks: tuple[str, ...] = TASKS
     engine_factory: EngineFactory = cpu_engine
     started: float = field(default_factory=time.monotonic)
     _runtime: Runtime | None = None
     _base_bytes: int = field(default_factory=process_bytes)
+    _opened: dict[str, int] = field(default_factory=dict)
+    """Bytes of the sessions that other inputs left open, by task."""
+
+    @property
+    def tasks(self) -> Tasks:
+        return self.bundle.manifest.tasks
+
+    def require(self, *verbs: str) -> None:
+        """UsageError unless the bundle does all of these; ``search`` stands for index and search."""
+        for verb in verbs:
+            task_of(self.bundle.manifest, verb)
 
     @contextmanager
-    def _pace(self, demand_here: Demand, progress: Progress | None) -> Iterator[tuple[Runtime, Pace]]:
-        plan = self.admit([demand_here])
+    def _pace(self, needs: Demand, progress: Progress | None = None) -> Iterator[tuple[Runtime, Pace]]:
+        plan = self.admit(needs)
         if self._runtime is None:
             others = plan.total_bytes - plan.engine_bytes
             arena = max(self.limits.memory_bytes - others, plan.engine_bytes)
             self._runtime = Runtime(self.bundle, self.engine_factory(self.limits.threads, arena))
+        self._opened[needs.task] = needs.memory.session_bytes
         deadline = Deadline(self.limits.deadline_s, started=self.started)
         try:
             yield self._runtime, Pace(plan, self.limits.threads, deadline, progress)
         finally:
             self.started = time.monotonic()
 
-    def admit(self, demands: list[Demand]) -> MemoryPlan:
-        """The plan for these demands and for the other tasks of this command; BudgetError when it does not fit."""
-        return plan_memory(demands, limit_bytes=self.limits.memory_bytes, base_bytes=self._base_bytes)
+    def admit(self, needs: Demand) -> MemoryPlan:
+        """The plan for one task beside those whose sessions are open; BudgetError when it does not fit."""
+        opened = sum(size for verb, size in self._opened.items() if verb != needs.task)
+        return plan_memory([needs], limit_bytes=self.limits.memory_bytes, base_bytes=self._base_bytes + opened)
 
-    def detect_demand(self, raster: Raster) -> tuple[View, Demand]:
-        task = detect_task(self.bundle.manifest)
-        view = scene_view((raster,), task.input, self.limits.resolution_m)
-        return view, demand(task, view)
-
-    def caption_demand(self, raster: Raster) -> tuple[View, Demand]:
-        task = caption_task(self.bundle.manifest)
-        view = caption_view(raster, task.input, self.limits.resolution_m)
-        return view, demand(task, view)
+    def demand(self, verb: str, raster: Raster, sampling: Sampling | None = None) -> tuple[View, Demand]:
+        """How a task other than change looks at a raster, and what that takes."""
+        task = task_of(self.bundle.manifest, verb)
+        if task.input is None:
+            raise InputError(
+                f"{raster.name}: this bundle answers from features of regions, not from images",
+                fix="give a .npy of float32 [regions, size]",
+            )
+        view = image_view(raster, task.input, self.limits.resolution_m)
+        return view, demand(verb, task, view, sampling.max_tokens if sampling else None)
 
     def change_demand(self, before: Raster, after: Raster) -> tuple[View, Demand]:
         task = change_task(self.bundle.manifest)
         view = scene_view((before, after), task.input, self.limits.resolution_m)
-        return view, demand(task, view)
+        return view, demand("change", task, view)
+
+    @contextmanager
+    def _seeing(
+        self, verb: str, path: str, progress: Progress | None, sampling: Sampling | None = None
+    ) -> Iterator[tuple[Runtime, View, Pace]]:
+        with open_raster(path) as raster:
+            view, needs = self.demand(verb, raster, sampling)
+            with self._pace(needs, progress) as (runtime, pace):
+                yield runtime, view, pace
 
     def detect(self, path: str, query: DetectQuery, emit: Emit, progress: Progress | None = None) -> Outcome:
-        with open_raster(path) as raster:
-            view, needs = self.detect_demand(raster)
-            with self._pace(needs, progress) as (runtime, pace):
-                return detect(runtime, view, query, pace, emit)
+        task = detect_task(self.bundle.manifest)
+        with self._seeing("detect", path, progress) as (runtime, view, pace):
+            return detect(runtime, task, view, query, pace, emit)
 
-    def caption(self, path: str, emit: Emit, progress: Progress | None = None) -> CaptionOutcome:
-        with open_raster(path) as raster:
-            view, needs = self.caption_demand(raster)
-            with self._pace(needs, progress) as (runtime, pace):
-                return caption(runtime, view, pace, emit)
+    def ground(self, path: str, phrase: str, emit: Emit, progress: Progress | None = None) -> Outcome:
+        task = ground_task(self.bundle.manifest)
+        with self._seeing("ground", path, progress) as (runtime, view, pace):
+            return ground(runtime, task, view, phrase, pace, emit)
+
+    def caption(
+        self, path: str, emit: Emit, progress: Progress | None = None, sampling: Sampling | None = None
+    ) -> CaptionOutcome:
+        task = caption_task(self.bundle.manifest)
+        with self._seeing("caption", path, progress, sampling) as (runtime, view, pace):
+            return caption(runtime, task, view, sampling, pace, emit)
+
+    def ask(
+        self,
+        path: str,
+        question: str,
+        emit: Emit,
+        progress: Progress | None = None,
+        sampling: Sampling | None = None,
+    ) -> AskOutcome:
+        task = ask_task(self.bundle.manifest)
+        if isinstance(task, AnswerTask) and task.input is None:
+            features_RD = read_features(path)
+            with self._pace(features_demand(task, features_RD.nbytes)) as (runtime, _):
+                return ask_features(runtime, task, features_RD, question, emit)
+        with self._seeing("ask", path, progress, sampling) as (runtime, view, pace):
+            return ask(runtime, task, view, question, sampling, pace, emit)
+
+    def classify(
+        self, path: str, labels: Sequence[str], emit: Emit, progress: Progress | None = None
+    ) -> ClassifyOutcome:
+        task = classify_task(self.bundle.manifest)
+        with self._seeing("classify", path, progress) as (runtime, view, pace):
+            return classify(runtime, task, view, labels, pace, emit)
+
+    def embed(self, path: str, emit: EmitVector, progress: Progress | None = None) -> EmbedOutcome:
+        """Vectors of an image's tiles."""
+        task = search_task(self.bundle.manifest)
+        with self._seeing("search", path, progress) as (runtime, view, pace):
+            return embed(runtime, task, view, pace, emit)
+
+    def embed_text(self, text: str) -> NDArray[np.float32]:
+        """The unit vector [D] of a text."""
+        task = search_task(self.bundle.manifest)
+        with self._pace(Demand("search", task.memory, tile_px=1, tile_bytes=0, tiles=1)) as (runtime, _):
+            vector_D: NDArray[np.float32] = runtime.matcher("search", task).texts([text])[0]
+            return vector_D
 
     def change(
         self, before: str, after: str, emit: Emit, mask_rows: MaskRows | None = None, progress: Progress | None = None
     ) -> ChangeOutcome:
+        task = change_task(self.bundle.manifest)
         with open_raster(after) as later, open_aligned(before, later) as earlier:
             view, needs = self.change_demand(earlier, later)
             with self._pace(needs, progress) as (runtime, pace):
-                return change(runtime, view, pace, emit, mask_rows)
+                return change(runtime, task, view, pace, emit, mask_rows)
+
+
+def features_demand(task: AnswerTask, feature_bytes: int) -> Demand:
+    """What an answer from features of regions takes."""
+    return Demand("ask", task.memory, tile_px=1, tile_bytes=feature_bytes, tiles=1)
 
 
 def georeference(path: str) -> Georeference:

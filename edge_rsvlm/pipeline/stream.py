@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm.config.manifest import InputSpec
+from edge_rsvlm.pipeline.cut import Cut, cut
 from edge_rsvlm.pipeline.outcome import Deadline, Outcome, Progress
 from edge_rsvlm.pipeline.prefetch import prefetch
 from edge_rsvlm.pipeline.runtime import Pace
-from edge_rsvlm.pipeline.scaling import Scaling, scalings
+from edge_rsvlm.pipeline.scaling import scalings
 from edge_rsvlm.raster.plan import TileGrid, super_tiles
 from edge_rsvlm.raster.reader import Raster
-from edge_rsvlm.tiles import GatherResult, tile_gather
 from edge_rsvlm.types import Pixels, Window
 
 BATCHES_AHEAD = 2
@@ -31,12 +31,12 @@ BATCHES_AHEAD = 2
 class TileBatch:
     """Tiles of one or two dates, and where they lie.
 
-    ``tiles_NCHW`` has one array per date. ``boxes_N4`` and ``cores_N4`` are raster pixels: what a tile sees and what it
+    ``dates`` has one cut per date. ``boxes_N4`` and ``cores_N4`` are raster pixels: what a tile sees and what it
     owns; cores partition the raster. No later batch has a tile that begins above ``frontier_row``.
     ``valid_HW`` marks the read pixels of ``window`` that are valid in every date.
     """
 
-    tiles_NCHW: tuple[NDArray[np.float32], ...]
+    dates: tuple[Cut, ...]
     boxes_N4: NDArray[np.float64]
     cores_N4: NDArray[np.float64]
     valid_fraction_N: NDArray[np.float32]
@@ -53,6 +53,33 @@ class TileBatch:
         size = self.cores_N4[:, 2:] - self.cores_N4[:, :2]
         return float((size[:, 0] * size[:, 1] * self.valid_fraction_N).sum())
 
+    def to_raster(self, n: int, xyxy_M4: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Boxes in pixels of what the model sees of tile ``n`` -> raster pixels."""
+        cut, tile = self.dates[0], self.boxes_N4[n]
+        scale_x, scale_y, offset_x, offset_y = cut.images[n].to_image
+        in_tile = xyxy_M4 * (scale_x, scale_y, scale_x, scale_y) + (offset_x, offset_y, offset_x, offset_y)
+        found: NDArray[np.float64] = in_tile * np.tile((tile[2:] - tile[:2]) / cut.hw[::-1], 2) + np.tile(tile[:2], 2)
+        return found
+
+    def seen(self, n: int, size: tuple[int, int]) -> Seen:
+        """What tile ``n`` sees of a raster of ``size`` (width, height)."""
+        x0, y0, x1, y1 = np.clip(self.boxes_N4[n], 0, np.tile(size, 2))
+        return Seen(np.array([x0, y0, x1, y1]), float(self.valid_fraction_N[n]) * float((x1 - x0) * (y1 - y0)))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A tile on the raster: ``xyxy`` in raster pixels, and how many of them are valid."""
+
+    xyxy: NDArray[np.float64]
+    valid_px: float
+
+    @property
+    def box(self) -> list[float]:
+        """x, y, width, height as in ``--json``."""
+        x0, y0, x1, y1 = self.xyxy
+        return [round(float(v), 2) for v in (x0, y0, x1 - x0, y1 - y0)]
+
 
 @dataclass(frozen=True)
 class View:
@@ -62,8 +89,8 @@ class View:
     spec: InputSpec
     scale_xy: tuple[float, float]
     decimation: int = 1
-    max_extent: bool = False
-    """Stretch the whole raster into a single tile."""
+    whole: bool = False
+    """The whole raster is one tile."""
     warnings: tuple[str, ...] = ()
     """What the user should know of how the raster is looked at."""
 
@@ -77,13 +104,20 @@ class View:
         return self.rasters[0].size_at(self.decimation)
 
     @property
+    def cut_hw(self) -> tuple[int, int]:
+        """(height, width) that tiles are cut to: a whole image that steps prepare keeps its pixels."""
+        if self.whole and self.spec.prepare:
+            return self.read_size[::-1]
+        return self.spec.tile_px, self.spec.tile_px
+
+    @property
     def to_raster_xy(self) -> NDArray[np.float64]:
         """Raster pixels per read pixel."""
         return np.array(self.size, np.float64) / self.read_size
 
     def grid(self) -> TileGrid:
         width, height = self.read_size
-        if self.max_extent:
+        if self.whole:
             scale = (width / self.spec.tile_px, height / self.spec.tile_px)
             return TileGrid(width, height, scale, self.spec.tile_px, 0)
         scale_x, scale_y = np.array(self.scale_xy) / self.to_raster_xy
@@ -111,37 +145,20 @@ def tile_batches(view: View, *, batch: int, read_pixels: int, threads: int, outc
             boxes = np.array([grid.box(i) for i in chosen], np.float64)
             cores = np.array([grid.core(i) for i in chosen], np.float64)
             with outcome.clock("tiles"):
-                gathered = [
-                    gather(pixels, view, boxes, scaling, threads) for pixels, scaling in zip(dates, scales, strict=True)
+                cuts = [
+                    cut(pixels, view.spec, view.cut_hw, view.read_size, boxes, scaling, threads)
+                    for pixels, scaling in zip(dates, scales, strict=True)
                 ]
             done += len(chosen)
             yield TileBatch(
-                tuple(g.tiles_NCHW for g in gathered),
+                tuple(cuts),
                 boxes * to_raster,
                 cores * to_raster,
-                np.minimum.reduce([g.valid_fraction_N for g in gathered]),
+                np.minimum.reduce([made.valid_fraction_N for made in cuts]),
                 float(frontier[done]),
                 valid_HW,
                 part.window,
             )
-
-
-def gather(pixels: Pixels, view: View, boxes_N4: NDArray[np.float64], scaling: Scaling, threads: int) -> GatherResult:
-    """Model tiles of ``boxes_N4`` (read pixels) as the input spec defines them."""
-    spec = view.spec
-    return tile_gather(
-        pixels.data_CHW,
-        boxes_N4,
-        out_hw=(spec.tile_px, spec.tile_px),
-        bands=scaling.bands,
-        gain=scaling.gain,
-        bias=scaling.bias,
-        layout="CHW",
-        origin=(pixels.window.col, pixels.window.row),
-        raster_size=view.read_size,
-        valid=pixels.valid_HW,
-        threads=threads,
-    )
 
 
 @contextmanager

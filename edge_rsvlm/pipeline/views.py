@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 
 from edge_rsvlm.budget import Demand
-from edge_rsvlm.config.manifest import CaptionTask, ChangeTask, DetectTask, InputSpec
+from edge_rsvlm.config.manifest import GenerateTask, InputSpec
+from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.geo import PixelMapper, metres_per_pixel
+from edge_rsvlm.pipeline.runtime import AnyTask
+from edge_rsvlm.pipeline.shapes import Shape, prepared_shape
 from edge_rsvlm.pipeline.stream import View
 from edge_rsvlm.raster.plan import choose_scale
 from edge_rsvlm.raster.reader import Raster
@@ -14,21 +17,25 @@ from edge_rsvlm.raster.reader import Raster
 BLOCKS_OPEN = 2
 """Decoded blocks that GDAL holds beside its cache: the one being decoded, in the file's layout and in ours."""
 MUCH_COARSER = 4
-WHOLE_IMAGE_TILES = 2
-"""Without a CRS a caption describes the whole image when its long side is at most this many tiles."""
+F32_BYTES = 4
+PROMPT_TOKENS = 256
+"""Room for the words of a prompt in the key-value caches."""
 
 
 def scene_view(rasters: tuple[Raster, ...], spec: InputSpec, resolution_m: float | None) -> View:
-    """Tiles of ``spec`` at the ground resolution it was trained for, or at native pixels where that is unknown."""
+    """Tiles of ``spec`` at the ground resolution it was trained for, or at native pixels where either is unknown."""
     reference = rasters[0]
     located = PixelMapper(reference.georeference).located
     metres = metres_per_pixel(reference.georeference) if located else None
     overviews = [d for d in reference.overviews if _same_overview(rasters, d)]
-    scale_x, scale_y, decimation = choose_scale(metres, spec.resolution_m, resolution_m, overviews)
+    range_m = spec.resolution_m or ((resolution_m, resolution_m) if resolution_m else None)
+    scale_x, scale_y, decimation = (
+        (1.0, 1.0, 1) if range_m is None else choose_scale(metres, range_m, resolution_m, overviews)
+    )
     warnings = list(dict.fromkeys(note for raster in rasters for note in raster.notes))
     if metres is None and resolution_m:
         warnings.append("its ground resolution is unknown: tiles are native pixels, and --resolution has no effect")
-    if metres is not None and min(metres) > MUCH_COARSER * spec.resolution_m[1]:
+    if metres is not None and spec.resolution_m and min(metres) > MUCH_COARSER * spec.resolution_m[1]:
         warnings.append(
             f"its pixels are {max(metres):.3g} m and the model was made for {spec.resolution_m[1]:g} m at most: "
             "do not expect much"
@@ -44,23 +51,33 @@ def _same_overview(rasters: tuple[Raster, ...], decimation: int) -> bool:
     )
 
 
-def caption_view(raster: Raster, spec: InputSpec, resolution_m: float | None) -> View:
-    """The whole image as one tile where its size on the ground is unknown and it is small; else tiles of the scene."""
+def image_view(raster: Raster, spec: InputSpec, resolution_m: float | None) -> View:
+    """The whole image as one tile where it is small and its ground resolution, or the task's, is unknown.
+
+    Else tiles of the scene.
+    """
     size = (raster.georeference.width, raster.georeference.height)
     located = PixelMapper(raster.georeference).located
-    if not located and max(size) <= WHOLE_IMAGE_TILES * spec.tile_px:
-        return View((raster,), spec, (size[0] / spec.tile_px, size[1] / spec.tile_px), max_extent=True)
+    unknown = not located or (spec.resolution_m is None and resolution_m is None)
+    if unknown and max(size) <= spec.whole_px:
+        return View(
+            (raster,), spec, (size[0] / spec.tile_px, size[1] / spec.tile_px), whole=True, warnings=tuple(raster.notes)
+        )
     return scene_view((raster,), spec, resolution_m)
 
 
-def demand(task: DetectTask | ChangeTask | CaptionTask, view: View) -> Demand:
-    """What the memory plan must know of this view."""
-    names = {DetectTask: "detect", ChangeTask: "change", CaptionTask: "caption"}
+def demand(verb: str, task: AnyTask, view: View, max_tokens: int | None = None) -> Demand:
+    """What the memory plan must know of this view. ``max_tokens`` is what the user asks for, where it is not the
+    task's own."""
     raster = view.rasters[0]
+    tile_bytes, seen = _tile(view)
     return Demand(
-        names[type(task)],
-        view.spec,
+        verb,
         task.memory,
+        tile_px=view.spec.tile_px,
+        tile_bytes=tile_bytes,
+        tiles=len(view.grid()),
+        cache_bytes=cache_bytes(task, seen, max_tokens) if isinstance(task, GenerateTask) else 0,
         # One validity byte per pixel travels with the bands.
         bytes_per_pixel=len(raster.band_roles) * raster.dtype.itemsize + 1,
         scale_xy=view.grid().scale_xy,
@@ -69,3 +86,26 @@ def demand(task: DetectTask | ChangeTask | CaptionTask, view: View) -> Demand:
         canvas_rows=math.ceil(2 * view.spec.tile_px * view.scale_xy[1]),
         dates=len(view.rasters),
     )
+
+
+def _tile(view: View) -> tuple[int, Shape]:
+    """Bytes of one tile on its way to the model, and what the model sees of it."""
+    channels, (height, width) = len(view.spec.bands), view.cut_hw
+    try:
+        seen = prepared_shape(view.cut_hw, view.spec.prepare)
+    except UsageError as exc:
+        raise InputError(
+            f"{view.rasters[0].name}: cannot be prepared for this model ({exc})", fix="give it in another shape"
+        ) from exc
+    if not view.spec.prepare:
+        return F32_BYTES * channels * seen.px, seen
+    # 8 bits as cut and with channels last; two copies in 8 bits while a step runs; two of the result in float.
+    return channels * (2 * height * width + 2 * seen.largest_px + 2 * F32_BYTES * seen.px), seen
+
+
+def cache_bytes(task: GenerateTask, seen: Shape, max_tokens: int | None) -> int:
+    """Key-value caches of one image when its answer is longest, as they are passed in and come out."""
+    visual, cache = task.visual, task.cache
+    per_view = visual.per_tile or (seen.height * seen.width // visual.unit_px**2 if visual.unit_px else 0)
+    tokens = seen.views * per_view + PROMPT_TOKENS + (max_tokens or task.max_tokens)
+    return 2 * 2 * F32_BYTES * cache.layers * cache.heads * cache.head_dim * tokens * task.beams

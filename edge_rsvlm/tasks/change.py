@@ -6,22 +6,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm.config.manifest import ChangeTask
-from edge_rsvlm.tasks.encode import Features
+from edge_rsvlm.tasks.encode import Features, encode
 from edge_rsvlm.types import InferenceSession
 
 
 class ChangeDetector:
-    """Features of both dates -> probability of change [N, h, w]."""
+    """Tiles of two dates -> probability of change [N, h, w]."""
 
-    def __init__(self, spec: ChangeTask, head: InferenceSession) -> None:
-        self._spec, self._head = spec, head
+    def __init__(self, spec: ChangeTask, encoder: InferenceSession, head: InferenceSession) -> None:
+        self._spec, self._encoder, self._head = spec, encoder, head
 
-    def __call__(self, before: Features, after: Features) -> NDArray[np.float32]:
-        inputs = {
-            f"{date}_{name}": features[name]
-            for date, features in (("before", before), ("after", after))
-            for name in self._spec.encoder_outputs
-        }
+    def __call__(self, before_NCHW: NDArray[np.float32], after_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen = self._compare(before_NCHW, after_NCHW)
+        if not self._spec.mirrored:
+            return seen
+        in_mirror = self._compare(_mirrored(before_NCHW), _mirrored(after_NCHW))
+        return (seen + _mirrored(in_mirror)) / 2
+
+    def _compare(self, before_NCHW: NDArray[np.float32], after_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        outputs = self._spec.encoder_outputs
+        inputs: Features = {}
+        for date, tiles_NCHW in (("before", before_NCHW), ("after", after_NCHW)):
+            maps = encode(self._encoder, tiles_NCHW, outputs)
+            inputs |= {f"{date}_{name}": maps[name] for name in outputs}
         (change_N1hw,) = self._head.run(inputs, ["change"])
         probability: NDArray[np.float32] = change_N1hw[:, 0]
         return probability
+
+
+def _mirrored(maps: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Left and right swapped."""
+    return np.ascontiguousarray(maps[..., ::-1])

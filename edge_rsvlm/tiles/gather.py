@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm import _kernels
+from edge_rsvlm.config.prepare import Filter
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.tiles import reference
 from edge_rsvlm.tiles.reference import ABSENT, VALIDITY
@@ -48,6 +49,8 @@ def tile_gather(
     valid: NDArray[Any] | None = None,
     nodata: float | None = None,
     dtype: type[np.float32] | type[np.uint8] = np.float32,
+    resampling: Filter = "bilinear",
+    rounding: Literal["once", "pillow"] = "once",
     threads: int = 1,
     variant: str = "auto",
 ) -> GatherResult:
@@ -58,7 +61,9 @@ def tile_gather(
     what lies outside is invalid. ``bands[c]`` is the source band of channel c, or ABSENT, or VALIDITY; a tile value is
     source * ``gain[c]`` + ``bias[c]``, and uint8 tiles are rounded half to even and clipped. A pixel is invalid where
     ``valid`` [H, W] is zero, and where every source band that is used equals ``nodata``. The result does not depend on
-    ``threads``. Raises UsageError for shapes, dtypes or a variant that cannot work.
+    ``threads``. With ``rounding="pillow"`` the resampled value is the 8-bit one that ``PIL.Image.resize`` gives, before
+    gain and bias; this takes a whole raster of uint8 pixels that are all valid. Raises UsageError for shapes, dtypes, a
+    filter or a variant that cannot work.
     """
     source = np.ascontiguousarray(source)
     boxes_N4 = np.ascontiguousarray(boxes_N4, dtype=np.float64)
@@ -66,6 +71,8 @@ def tile_gather(
     height, width = source.shape[:2] if layout == "HWC" else source.shape[1:]
     raster_size = raster_size or (origin[0] + width, origin[1] + height)
     valid_HW = _validity(source, bands, layout, valid, nodata)
+    whole = tuple(origin) == (0, 0) and tuple(raster_size) == (width, height)
+    _check_resampling(source, whole and valid_HW is None, resampling, rounding)
     bands_C, gain_C, bias_C = np.asarray(bands, np.int32), np.asarray(gain, np.float32), np.asarray(bias, np.float32)
     result = GatherResult(
         np.empty((len(boxes_N4), len(bands_C), *out_hw), dtype),
@@ -79,13 +86,14 @@ def tile_gather(
         source_CHW = source.transpose(2, 0, 1) if layout == "HWC" else source
         for n, box in enumerate(boxes_N4):
             tile, result.valid_fraction_N[n], result.texture_N[n] = reference.gather_tile(
-                source_CHW, valid_HW, box, out_hw, bands_C, gain_C, bias_C, origin, raster_size
-            )
+                source_CHW, valid_HW, box, out_hw, bands_C, gain_C, bias_C, origin, raster_size,
+                resampling, rounding == "pillow",
+            )  # fmt: skip
             result.tiles_NCHW[n] = np.clip(np.rint(tile), 0, 255) if dtype is np.uint8 else tile
         return result
     _kernels.tile_gather_into(
         source, layout == "HWC", valid_HW, boxes_N4, bands_C, gain_C, bias_C, list(origin), list(raster_size),
-        result.tiles_NCHW, result.valid_fraction_N, result.texture_N, threads, chosen,
+        result.tiles_NCHW, result.valid_fraction_N, result.texture_N, resampling, rounding == "pillow", threads, chosen,
     )  # fmt: skip
     return result
 
@@ -119,6 +127,18 @@ def _check(
         raise UsageError("boxes must be finite and of shape [N, 4]", fix="pass x0, y0, x1, y1 in raster pixels")
     if (boxes_N4[:, 2:] <= boxes_N4[:, :2]).any():
         raise UsageError("a box is empty", fix="make x1 > x0 and y1 > y0")
+
+
+def _check_resampling(source: NDArray[Any], complete: bool, resampling: str, rounding: str) -> None:
+    if resampling not in get_args(Filter):
+        raise UsageError(f"filter '{resampling}' is not known", fix=f"choose one of {', '.join(get_args(Filter))}")
+    if rounding not in ("once", "pillow"):
+        raise UsageError(f"rounding '{rounding}' is not known", fix="choose once or pillow")
+    if rounding == "pillow" and (source.dtype != np.uint8 or not complete or resampling == "gaussian"):
+        raise UsageError(
+            "Pillow's rounding is for whole 8-bit rasters that are valid everywhere, and for Pillow's filters",
+            fix="gather to uint8 first, and resize the result",
+        )
 
 
 def _validity(

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge_rsvlm.cli.common import (
+    ExitCode,
+    Outputs,
+    json_option,
+    make_limits,
+    make_sampling,
+    open_session,
+    run_options,
+    sampling_options,
+)
+
+
+@click.command("ask")
+@click.argument("images", nargs=-1, required=True)
+@click.argument("question")
+@click.option("--output", type=click.Path(path_type=Path), help="GeoJSON file of tiles, or a folder for many inputs.")
+@sampling_options
+@run_options
+@json_option
+def command(
+    images: tuple[str, ...], question: str, output: Path | None, as_json: bool, bundle: Path | None,
+    allow_unsigned: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Answer a QUESTION about images. IMAGES are files, folders, globs or .tar archives of images.
+
+    A scene larger than a tile is asked tile by tile. Its answer is the one that most of its valid area gave, each tile
+    weighted by the score of its answer where the model gives one. A model that answers from features of regions takes
+    them as .npy files of float32 [regions, size].
+    """
+    from edge_rsvlm.cli.deliver import Delivery
+    from edge_rsvlm.raster.inputs import list_inputs
+
+    sampling = make_sampling(options)
+    session = open_session(bundle, allow_unsigned, make_limits(**options), ("ask",))
+    code, sources = ExitCode(), list_inputs(images)
+    outputs = Outputs(output, len(sources), ".geojson")
+    delivery = Delivery(session, code, sys.stdout if as_json else None)
+    for source in sources:
+        delivery.ask(source, question, outputs.path(source.name), sampling)
+    code.leave()

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+NEEDS = "pip install 'edge-rsvlm[export]'"
+
+
+@click.group("export")
+def command() -> None:
+    """Turn a checkpoint into a bundle. For the ground: needs pip install 'edge-rsvlm[export]'."""
+
+
+@command.command("run")
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder of a Hugging Face checkpoint.")
+@click.option("--adapter", type=click.Path(path_type=Path), multiple=True, help="Folder of a PEFT LoRA; repeatable.")
+@click.option("--target", type=click.Choice(["onnx:f32", "onnx:f16"]), help="What to compile to.  [default: onnx:f32]")
+@click.option("--profile", help="Device that it must fit.  [default: host]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the new bundle.")
+@click.option("--allow", multiple=True, metavar="GATE", help="Go on though this gate fails; the bundle records it.")
+@click.option("--explain", "explained", is_flag=True, help="Print the plan and the sizes, and do nothing.")
+def run(
+    recipe: Path | None, checkpoint: Path | None, adapter: tuple[Path, ...], target: str | None, profile: str | None,
+    out: Path | None, allow: tuple[str, ...], explained: bool,
+) -> None:  # fmt: skip
+    """Check, merge, compile and prove a checkpoint, and write it as a bundle.
+
+    RECIPE is a TOML file (docs/cli.md); the options say the same without one, or replace what it says. A killed export
+    goes on where it stopped.
+    """
+    chain = _chain()
+    given: dict[str, Any] = {
+        "checkpoint": checkpoint, "target": target, "profile": profile, "out": out, "allow": allow,
+        "adapters": [{"path": path} for path in adapter],
+    }  # fmt: skip
+    wanted = _recipe(recipe, {key: value for key, value in given.items() if value})
+    if explained:
+        click.echo(chain.explain_export(wanted))
+        return
+    with _step_bars() as report:
+        folder = chain.run_export(wanted, report)
+    click.echo(str(folder))
+
+
+def _chain() -> Any:
+    from edge_rsvlm.errors import UsageError
+
+    try:
+        from edge_rsvlm.export import chain
+    except ModuleNotFoundError as missing:
+        raise UsageError(f"export needs '{missing.name}', which is not installed", fix=NEEDS) from missing
+    return chain
+
+
+def _recipe(path: Path | None, given: dict[str, Any]) -> Any:
+    from edge_rsvlm.config.model import parse
+    from edge_rsvlm.errors import UsageError
+    from edge_rsvlm.export.recipe import Recipe, load_recipe
+
+    if path is None and not {"checkpoint", "out"} <= given.keys():
+        raise UsageError("nothing to export", fix="name a RECIPE.toml, or give --checkpoint and --out")
+    base = load_recipe(path).model_dump() if path else {}
+    return parse(Recipe, base | given, "export", UsageError)
+
+
+def _step_bars() -> Any:
+    """A bar per step on stderr when a person is looking, and else a line per step."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def bars() -> Any:
+        import sys
+
+        if not sys.stderr.isatty():
+            seen: set[str] = set()
+
+            def say(step: str, done: int, total: int) -> None:
+                if step not in seen:
+                    seen.add(step)
+                    click.echo(step, err=True)
+
+            yield say
+            return
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True)) as progress:
+            tasks: dict[str, Any] = {}
+
+            def show(step: str, done: int, total: int) -> None:
+                task = tasks.setdefault(step, None) or progress.add_task(step, total=total)
+                tasks[step] = task
+                progress.update(task, completed=done, total=total)
+
+            yield show
+
+    return bars()

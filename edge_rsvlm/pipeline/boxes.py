@@ -1,0 +1,70 @@
+"""Boxes over a scene of any size: they stream out as soon as no later tile can change them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from edge_rsvlm.geo import PixelMapper, box_ring, feature_geometry
+from edge_rsvlm.merge.boxes import BoxMerger, concatenate, empty_boxes
+from edge_rsvlm.pipeline.outcome import Emit, Outcome
+from edge_rsvlm.pipeline.per_tile import Kept
+from edge_rsvlm.pipeline.runtime import Pace
+from edge_rsvlm.pipeline.stream import TileBatch, View, scene_batches
+from edge_rsvlm.types import Boxes
+
+Find = Callable[[TileBatch, Kept], Sequence[Boxes]]
+"""Boxes of the kept tiles of a batch, in pixels of what the model sees of each."""
+Describe = Callable[[float, int], dict[str, Any]]
+"""From score and label of a box to what its record says beside ``box``."""
+
+
+def merge_boxes(
+    view: View,
+    pace: Pace,
+    outcome: Outcome,
+    find: Find,
+    describe: Describe,
+    emit: Emit,
+    *,
+    mapper: PixelMapper,
+    nms_iou: float,
+    margin_px: float,
+) -> None:
+    """Emit every box that suppression over the whole scene keeps; see ``_owned`` for ``margin_px``."""
+    merger = BoxMerger(nms_iou)
+
+    def release(boxes: Boxes) -> None:
+        for xyxy, score, label in zip(boxes.xyxy_N4, boxes.scores_N, boxes.labels_N, strict=True):
+            x0, y0, x1, y1 = (round(float(v), 2) for v in xyxy)
+            box = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
+            emit({**describe(float(score), int(label)), "box": box}, feature_geometry([box_ring(xyxy)], mapper))
+
+    with scene_batches(view, pace, outcome) as source:
+        for tiles in source:
+            kept = np.flatnonzero(tiles.valid_fraction_N > 0)
+            with outcome.clock("engine"):
+                found = find(tiles, kept) if len(kept) else []
+            with outcome.clock("merge"):
+                owned = [_owned(b, tiles, int(n), view, margin_px) for n, b in zip(kept, found, strict=True)]
+                release(merger.feed(concatenate([empty_boxes(), *owned]), tiles.frontier_row))
+    with outcome.clock("merge"):
+        release(merger.flush())
+
+
+def _owned(boxes: Boxes, tiles: TileBatch, n: int, view: View, margin_px: float) -> Boxes:
+    """Boxes in raster pixels of the objects whose centre tile ``n`` owns.
+
+    Two tiles place the centre of one object a little differently, so each takes what lies up to ``margin_px`` tile
+    pixels beyond its core: none is lost on the border, and suppression removes the second.
+    """
+    tile, core = tiles.boxes_N4[n], tiles.cores_N4[n]
+    margin = margin_px * (tile[2:] - tile[:2]) / view.spec.tile_px
+    limit = np.concatenate([np.maximum(tile[:2], 0), np.minimum(tile[2:], view.size)])
+    xyxy = np.clip(tiles.to_raster(n, boxes.xyxy_N4), np.tile(limit[:2], 2), np.tile(limit[2:], 2))
+    centre = (xyxy[:, :2] + xyxy[:, 2:]) / 2
+    keep = ((centre >= core[:2] - margin) & (centre < core[2:] + margin)).all(axis=1)
+    keep &= (xyxy[:, 2:] - xyxy[:, :2] > 0).all(axis=1)
+    return Boxes(xyxy[keep], boxes.scores_N[keep], boxes.labels_N[keep])

@@ -1,0 +1,53 @@
+"""Scene classes by words: scores per tile, and their mean over the scene weighted by valid area."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_rsvlm.config.manifest import MatchTask
+from edge_rsvlm.pipeline.outcome import Emit, Outcome
+from edge_rsvlm.pipeline.per_tile import Kept, each_tile, emit_tile, mapper_of
+from edge_rsvlm.pipeline.runtime import Pace, Runtime
+from edge_rsvlm.pipeline.stream import Seen, TileBatch, View
+
+Labels = list[tuple[str, float]]
+
+
+@dataclass
+class ClassifyOutcome(Outcome):
+    """``labels`` with scores, best first; empty when no pixel of the image is valid."""
+
+    labels: Labels = field(default_factory=list)
+
+
+def classify(
+    runtime: Runtime, task: MatchTask, view: View, labels: Sequence[str], pace: Pace, emit: Emit
+) -> ClassifyOutcome:
+    """Emit ``{"labels", "box"}`` per tile (box x, y, w, h in raster pixels) and return the image's classes."""
+    outcome = ClassifyOutcome()
+    mapper = mapper_of(view, outcome)
+    total_M, weight = np.zeros(len(labels)), 0.0
+
+    def scores(tiles: TileBatch, kept: Kept) -> NDArray[np.float32]:
+        matcher = runtime.matcher("classify", task)
+        return matcher.scores(matcher.images(tiles.dates[0].pixels_NCHW(kept)), list(labels))
+
+    def use(seen: Seen, scores_M: NDArray[np.float32]) -> None:
+        nonlocal weight
+        emit_tile(emit, mapper, seen, {"labels": _ranked(labels, scores_M)})
+        total_M[:] += scores_M * seen.valid_px
+        weight += seen.valid_px
+
+    each_tile(view, pace, outcome, lambda tiles, kept: list(scores(tiles, kept)), use)
+    if weight:
+        outcome.labels = _ranked(labels, total_M / weight)
+    return outcome
+
+
+def _ranked(labels: Sequence[str], scores_M: NDArray[np.floating]) -> Labels:
+    order = np.argsort(-scores_M, kind="stable")
+    return [(labels[m], round(float(scores_M[m]), 4)) for m in order]

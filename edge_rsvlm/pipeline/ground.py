@@ -1,0 +1,64 @@
+"""Boxes for a referring phrase, from a model that writes them or from one that finds any words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edge_rsvlm.config.manifest import BoxFormat, GenerateTask, OpenDetectTask
+from edge_rsvlm.errors import BundleError
+from edge_rsvlm.pipeline.boxes import Find, merge_boxes
+from edge_rsvlm.pipeline.cut import extent_xy
+from edge_rsvlm.pipeline.detect import border_px, by_words
+from edge_rsvlm.pipeline.outcome import Emit, Outcome
+from edge_rsvlm.pipeline.per_tile import Kept, mapper_of
+from edge_rsvlm.pipeline.runtime import Pace, Runtime
+from edge_rsvlm.pipeline.stream import TileBatch, View
+from edge_rsvlm.tasks.generate import parse_boxes
+from edge_rsvlm.tiles.prepare import Prepared
+from edge_rsvlm.types import Boxes
+
+WRITTEN_NMS_IOU = 0.5
+"""A model that writes boxes says nothing of suppression; this only joins what two tiles saw of one object."""
+
+
+def ground(
+    runtime: Runtime, task: GenerateTask | OpenDetectTask, view: View, phrase: str, pace: Pace, emit: Emit
+) -> Outcome:
+    """Emit the boxes of ``phrase``: ``{"label", "score", "box"}``, box x, y, w, h in raster pixels.
+
+    Boxes that a model wrote have no score: None.
+    """
+    outcome = Outcome()
+    if isinstance(task, OpenDetectTask):
+        find, scored, nms_iou, margin_px = by_words(runtime, task, [phrase], None), True, task.nms_iou, border_px(task)
+    else:
+        find, scored, nms_iou, margin_px = _written(runtime, task, phrase), False, WRITTEN_NMS_IOU, border_px(task)
+
+    def describe(score: float, _: int) -> dict[str, Any]:
+        return {"label": phrase, "score": round(score, 4) if scored else None}
+
+    mapper = mapper_of(view, outcome)
+    merge_boxes(view, pace, outcome, find, describe, emit, mapper=mapper, nms_iou=nms_iou, margin_px=margin_px)
+    return outcome
+
+
+def _written(runtime: Runtime, task: GenerateTask, phrase: str) -> Find:
+    form = task.boxes
+    if form is None:
+        raise BundleError("the ground task does not say how boxes are written", fix="export the bundle again")
+
+    def find(tiles: TileBatch, kept: Kept) -> list[Boxes]:
+        images = tiles.dates[0].chosen(kept)
+        answers = runtime.generator("ground", task)(images, phrase, None)
+        return [_boxes(answer, form, image) for answer, image in zip(answers, images, strict=True)]
+
+    return find
+
+
+def _boxes(answer: str, form: BoxFormat, image: Prepared) -> Boxes:
+    width, height = extent_xy(image)
+    shares_N4 = np.array(parse_boxes(answer, form, (height, width)), np.float64).reshape(-1, 4)
+    count = len(shares_N4)
+    return Boxes(shares_N4 * (width, height, width, height), np.ones(count, np.float32), np.zeros(count, np.int64))

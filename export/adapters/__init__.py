@@ -1,0 +1,1 @@
+"""PEFT LoRA adapters: read, matched to a model, merged, or applied without merging."""

@@ -1,0 +1,190 @@
+"""The chain of an export: checkpoint -> merge_lora -> compile_onnx -> parity -> make_bundle.
+
+Every step leaves an artifact under the recipe's work folder; one whose inputs and settings did not change is reused,
+so a killed export goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from edge_rsvlm.bundle import Rules
+from edge_rsvlm.errors import BundleError, UsageError
+from edge_rsvlm.export.adapters.reading import Adapter, read_adapter
+from edge_rsvlm.export.adapters.resolve import Resolution
+from edge_rsvlm.export.artifact import Artifact, build, file_hash
+from edge_rsvlm.export.checkpoint import Checkpoint, LazyTensor, has_weights
+from edge_rsvlm.export.explain import explain
+from edge_rsvlm.export.families.base import Family, Source
+from edge_rsvlm.export.families.registry import family_of, open_source
+from edge_rsvlm.export.gates import table
+from edge_rsvlm.export.onnx_folder.reading import layout, read_onnx_folder
+from edge_rsvlm.export.recipe import Recipe
+from edge_rsvlm.export.steps.compile_onnx import compile_onnx
+from edge_rsvlm.export.steps.make_bundle import make_bundle
+from edge_rsvlm.export.steps.merge_lora import ModelWeights, merge_lora, merged_weights, resolution
+from edge_rsvlm.export.steps.parity import Parity, parity
+from edge_rsvlm.export.steps.take_onnx import take_onnx
+from edge_rsvlm.verify import verify
+
+Report = Callable[[str, int, int], None]
+"""(step, done, in all)."""
+PARITY = "parity"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One export under way."""
+
+    recipe: Recipe
+    report: Report
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_source(self.recipe.checkpoint)
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(self.checkpoint.config)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, LazyTensor]:
+        return self.checkpoint.weights(self.family.model_class(self.checkpoint.config))
+
+    @cached_property
+    def adapters(self) -> tuple[Adapter, ...]:
+        return tuple(read_adapter(choice.path, choice.weight) for choice in self.recipe.adapters)
+
+    @cached_property
+    def resolution(self) -> Resolution:
+        return resolution(self.checkpoint, self.family.model_class(self.checkpoint.config), self.adapters)
+
+    def run(self) -> Path:
+        """Every step; returns the bundle's folder."""
+        if self.foreign:
+            return self._run_foreign()
+        checked = self._checked(self.family.name)
+        steps = [checked]
+        weights = ModelWeights(self.checkpoint.config, self.tensors)
+        if self.adapters:
+            merged = self._merged(checked)
+            steps.append(merged)
+            weights = merged_weights(self.checkpoint, self.tensors, merged.folder, merged.metrics["untied"])
+        compiled = self._compiled(steps[-1], weights)
+        proven = self._proven(checked, compiled)
+        steps += [compiled, proven]
+        self.report("make_bundle", 0, 1)
+        make_bundle(steps, compiled, proven, self.recipe.allow, self.recipe.out)
+        self._verified()
+        self.report("make_bundle", 1, 1)
+        return self.recipe.out
+
+    def _run_foreign(self) -> Path:
+        """Graphs that others exported: there is no model to compare them with."""
+        if self.recipe.adapters:
+            raise UsageError("adapters cannot be merged into ONNX files", fix="export from the checkpoint's weights")
+        checked = self._checked("onnx")
+        kept = self.recipe.model_dump(mode="json", include={"bundle", "prompts"}) | {"name": self.recipe.name}
+
+        def make(folder: Path) -> dict[str, Any]:
+            return take_onnx(read_onnx_folder(self.recipe.checkpoint), self.recipe, folder)
+
+        taken = self._step("take_onnx", kept, [checked], make)
+        make_bundle([checked, taken], taken, taken, self.recipe.allow, self.recipe.out)
+        self._verified()
+        return self.recipe.out
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the folder holds an ONNX export and no weights that one could be made from."""
+        folder = self.recipe.checkpoint
+        return layout(folder) is not None and not has_weights(folder)
+
+    def _checked(self, family: str) -> Artifact:
+        """Hashes of everything in the folder: configs and tokenizers decide as much as weights do."""
+        self.report("checkpoint", 0, 1)
+        folder = self.recipe.checkpoint
+        files = {str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        config = {"family": family, "files": files}
+
+        def make(_: Path) -> dict[str, Any]:
+            return {"family": family} | ({} if self.foreign else {"tensors": len(self.tensors)})
+
+        return self._step("checkpoint", config, [], make)
+
+    def _merged(self, checked: Artifact) -> Artifact:
+        files = [{p.name: file_hash(p) for p in sorted(a.folder.iterdir()) if p.is_file()} for a in self.adapters]
+        config = {"files": files, "weights": [adapter.weight for adapter in self.adapters]}
+
+        def make(folder: Path) -> dict[str, Any]:
+            return merge_lora(self.tensors, self.resolution, folder, self._progress("merge_lora"))
+
+        return self._step("merge_lora", config, [checked], make)
+
+    def _compiled(self, before: Artifact, weights: ModelWeights) -> Artifact:
+        source = Source(self.checkpoint.folder, weights.config)
+        kept = self.recipe.model_dump(mode="json", include={"target", "bundle", "prompts"})
+        config = {**kept, "name": self.recipe.name}
+
+        def make(folder: Path) -> dict[str, Any]:
+            return compile_onnx(self.family, source, weights, self.recipe, folder, self._named_progress("compile_onnx"))
+
+        return self._step("compile_onnx", config, [before], make)
+
+    def _proven(self, checked: Artifact, compiled: Artifact) -> Artifact:
+        def make(folder: Path) -> dict[str, Any]:
+            metrics, compared = parity(
+                self.family, self.checkpoint, self.tensors,
+                self.resolution.updates if self.adapters else {}, compiled.folder, folder,
+                self._named_progress(PARITY),
+            )  # fmt: skip
+            self._gate(compared)
+            return metrics
+
+        return self._step(PARITY, {"allow": list(self.recipe.allow)}, [checked, compiled], make)
+
+    def _gate(self, compared: Parity) -> None:
+        if all(check.passed for check in compared.checks) or PARITY in self.recipe.allow:
+            return
+        layers = [f"{graph}: {line}" for graph, lines in compared.worst.items() for line in lines]
+        raise BundleError(
+            "\n".join(["the bundle does not compute what the checkpoint does", table(compared.checks), *layers]),
+            fix="mend what the layers point to; --allow parity goes on and records it in the bundle",
+        )
+
+    def _verified(self) -> None:
+        report = verify(self.recipe.out, Rules(allow_unsigned=True, allow_older=True))
+        if not report.passed:
+            raise BundleError(f"the new bundle does not verify: {report}", fix="export it again")
+
+    def _step(
+        self, step: str, config: dict[str, Any], parents: list[Artifact], make: Callable[[Path], Mapping[str, Any]]
+    ) -> Artifact:
+        done = build(self.recipe.work_folder / step, step, config, parents, make)
+        self.report(step, 1, 1)
+        return done
+
+    def _progress(self, step: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.report(step, done, total)
+
+    def _named_progress(self, step: str) -> Callable[[str, int, int], None]:
+        return lambda name, done, total: self.report(f"{step} {name}", done, total)
+
+
+def run_export(recipe: Recipe, report: Report) -> Path:
+    """Export as the recipe says. BundleError when a gate fails, InputError when the checkpoint cannot be read."""
+    out = Chain(recipe, report).run()
+    if recipe.work is None:
+        shutil.rmtree(recipe.work_folder)
+    return out
+
+
+def explain_export(recipe: Recipe) -> str:
+    """What would be done; nothing is."""
+    chain = Chain(recipe, lambda *_: None)
+    return explain(recipe, chain.family, Source(chain.checkpoint.folder, chain.checkpoint.config))

@@ -1,0 +1,1 @@
+"""The packaged model: its data, training, evaluation and bundle."""

@@ -1,0 +1,102 @@
+"""What a trained model must beat.
+
+Captions: the consensus caption of the nearest training images. For each image, the captions of its NEIGHBOURS nearest
+training images (cosine of pretrained features) are pooled, and the one that shares most 1- to 4-grams with the others
+is the answer (after Devlin et al. 2015, "Exploring Nearest Neighbor Approaches for Image Captioning"). Change: smoothed
+change vector analysis (Malila 1980), with the best possible threshold, which nobody has.
+``python -m edge_rsvlm.export.default.baselines`` prints both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edge_rsvlm import scoring
+from edge_rsvlm.export import artifact
+from edge_rsvlm.export.default.data.captions import tidy
+from edge_rsvlm.export.default.data.change import oscd_pair
+from edge_rsvlm.export.default.data.scenes import ucm
+from edge_rsvlm.export.default.model.encoder import Encoder, Head1280, load_rgb_weights
+from edge_rsvlm.export.default.splits import held_out
+from edge_rsvlm.export.default.stages import backbone
+from edge_rsvlm.export.default.stages.joint import training_ucm
+from edge_rsvlm.export.default.stages.tflite_weights import convolutions
+
+NEIGHBOURS = 5
+SMOOTH_PX = 5
+
+
+@dataclass(frozen=True)
+class ConsensusScore:
+    cider: float
+    bleu4: float
+    samples: int
+
+
+def consensus(data: Path, work: Path, cache: Path) -> ConsensusScore:
+    """The baseline on UCM's validation part, from the same training images as the model."""
+    scenes = ucm(data, cache)
+    encoder, head = Encoder().eval(), Head1280().eval()
+    load_rgb_weights(encoder, head, convolutions(data / backbone.FILE)[:-1])
+    _, features = backbone.pooled(scenes, encoder, head)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    known = training_ucm(scenes, artifact.load(work / backbone.NAME))
+    asked = [i for i, s in enumerate(scenes.scenes) if s.source == "ucm_val"]
+    captions = [[tidy(c) for c in s.captions] for s in scenes.scenes]
+    said = []
+    for i in asked:
+        nearest = known[np.argsort(-(features[known] @ features[i]), kind="stable")[:NEIGHBOURS]]
+        said.append(_most_agreed([c for k in nearest for c in captions[k]]))
+    scores = {s.metric: s.value for s in scoring.caption_scores(said, [captions[i] for i in asked])}
+    return ConsensusScore(scores["CIDEr"], scores["BLEU-4"], len(asked))
+
+
+def _most_agreed(pool: list[str]) -> str:
+    """The caption with the greatest mean overlap of 1- to 4-grams with the others."""
+    grams = [{tuple(w[i : i + n]) for n in range(1, 5) for i in range(len(w) - n + 1)} for w in map(str.split, pool)]
+    agreement = [np.mean([len(a & b) / max(len(a | b), 1) for b in grams]) for a in grams]
+    return pool[int(np.argmax(agreement))]
+
+
+def change_vectors(data: Path) -> float:
+    """F1 on the held-out OSCD cities of the length of the standardised change vector, at its best threshold."""
+    found, changed = [], []
+    for city in sorted(held_out("oscd")):
+        pair = oscd_pair(data / "oscd" / "train" / city)
+        before, after = (_standardised(date) for date in (pair.before, pair.after))
+        found.append(_smoothed(np.linalg.norm(after - before, axis=2)).ravel())
+        changed.append(pair.mask.ravel() > 0)
+    length, truth = np.concatenate(found), np.concatenate(changed)
+    order = np.argsort(-length)
+    hits = np.cumsum(truth[order])
+    return float((2 * hits / (np.arange(1, len(hits) + 1) + truth.sum())).max())
+
+
+def _standardised(image_HWC: np.ndarray) -> np.ndarray:
+    values = image_HWC.astype(np.float64)
+    return (values - values.mean(axis=(0, 1))) / values.std(axis=(0, 1))
+
+
+def _smoothed(values_HW: np.ndarray) -> np.ndarray:
+    """Mean over SMOOTH_PX x SMOOTH_PX pixels."""
+    padded = np.pad(values_HW, SMOOTH_PX // 2, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (SMOOTH_PX, SMOOTH_PX))
+    smoothed: np.ndarray = windows.mean(axis=(2, 3))
+    return smoothed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, default=Path("build/train"))
+    options = parser.parse_args()
+    print(f"change vectors: F1 {change_vectors(options.data):.3f}")
+    print(consensus(options.data, options.work, options.work / "cache"))
+
+
+if __name__ == "__main__":
+    main()

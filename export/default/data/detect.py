@@ -1,0 +1,205 @@
+"""Detection crops and targets from COCO sets whose labels are incomplete, each in its own way.
+
+Shapes: K classes, h, w heat-map cells (stride 4), n boxes. Boxes are x0, y0, x1, y1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_rsvlm.export.default.data.images import ImageStore, open_store
+from edge_rsvlm.export.default.data.views import RGB_BANDS, U8_RANGE, cut, dihedral, dihedral_boxes, jitter
+from edge_rsvlm.export.default.model.detect import CLASSES, STRIDE
+
+F32 = npt.NDArray[np.float32]
+IGNORE = -1
+MIN_BOX_PX = 5.0  # smaller objects after scaling are ignored, not learnt
+GAUSSIAN_ALPHA = 0.54  # TTFNet: the positive region is this share of the box
+SIMD_NEAR = 0.75  # background is trusted within this many box sizes of a labelled object
+
+
+@dataclass(frozen=True)
+class DetectSet:
+    """What a set's labels mean: source category -> our class (None: ignore region), and what a missing label says."""
+
+    name: str
+    images: str
+    mapping: dict[str, str | None]
+    complete: tuple[str, ...]  # classes for which an unlabelled pixel is background
+    sparse: bool = False  # background is trusted only near labelled objects
+    weight: float = 1.0
+
+
+PLANES = ("airliner", "propeller", "trainer", "chartered", "fighter")
+SIMD_MAP: dict[str, str | None] = {
+    **dict.fromkeys(PLANES, "airplane"),
+    **dict.fromkeys(("truck", "longvehicle", "stairtruck", "pushbacktruck"), "truck"),
+    **{name: name for name in ("car", "van", "bus", "helicopter", "boat")},
+    "other": None,
+}
+DRONE_MAP: dict[str, str | None] = {"car": "car", "truck": "truck", "bus": "bus", "minibus": "van", "cyclist": None}
+SETS = (
+    DetectSet("hrplanes", "train.tar", {"airplane": "airplane"}, ("airplane",), weight=0.30),
+    DetectSet(
+        "airbus_aircraft", "train", {"airplane": "airplane", "truncated airplane": None}, ("airplane",), weight=0.36
+    ),
+    DetectSet("aerial_airport", "train.tar", {"airplane": "airplane"}, ("airplane",), weight=0.06),
+    DetectSet("simd", "train.tar", SIMD_MAP, CLASSES, sparse=True, weight=0.20),
+    DetectSet("drone_vehicles", "train", DRONE_MAP, CLASSES, weight=0.08),
+)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Boxes [n,4] in pixels and class indices [n], IGNORE for ignore regions."""
+
+    boxes: npt.NDArray[np.float64]
+    classes: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Example:
+    """tile [5,H,W]; heat and weight [K,h,w]; sides [4,h,w] tile px and sides_weight [h,w]."""
+
+    tile: F32
+    heat: F32
+    weight: F32
+    sides: F32
+    sides_weight: F32
+
+
+class DetectData:
+    """Random crops of one set."""
+
+    def __init__(self, spec: DetectSet, data_root: Path, cache_dir: Path, exclude: frozenset[str] = frozenset()):
+        self.spec = spec
+        folder = data_root / spec.name
+        self.store: ImageStore = open_store(folder / spec.images, cache_dir, spec.name)
+        self.labels = read_labels(folder / "train.json", spec.mapping)
+        self.names = [name for name in self.labels if name not in exclude]
+
+    def sample(self, rng: np.random.Generator, size_px: int) -> Example:
+        """One augmented crop with its targets."""
+        tile, labels = crop(self, rng, size_px)
+        return Example(tile, *targets(labels.boxes, labels.classes, size_px, self.spec))
+
+
+def crop(data: DetectData, rng: np.random.Generator, size_px: int) -> tuple[F32, Labels]:
+    """One augmented tile [5,size,size] and all labels of its image, in tile px (they may lie outside)."""
+    name = data.names[rng.integers(len(data.names))]
+    image, labels = data.store[name], data.labels[name]
+    scale = float(np.exp(rng.uniform(np.log(0.5), np.log(1.5))))
+    box = random_box(rng, image.shape[:2], labels, size_px / scale)
+    tile = cut(image, box, (size_px, size_px), RGB_BANDS, U8_RANGE, jitter(rng, 0.18, 0.05, 0.04))
+    boxes = (labels.boxes - [box[0], box[1], box[0], box[1]]) * (size_px / (box[2] - box[0]))
+    view = int(rng.integers(8))
+    turned = Labels(dihedral_boxes(boxes, size_px, view), labels.classes)
+    return np.ascontiguousarray(dihedral(tile, view)), turned
+
+
+def read_labels(path: Path, mapping: dict[str, str | None]) -> dict[str, Labels]:
+    """COCO file -> labels by image name, categories renamed by `mapping`."""
+    coco = json.loads(path.read_text())
+    category = {c["id"]: c["name"] for c in coco["categories"]}
+    grouped: dict[int, list[tuple[list[float], int]]] = defaultdict(list)
+    for a in coco["annotations"]:
+        x, y, w, h = a["bbox"]
+        name = mapping[category[a["category_id"]]]
+        grouped[a["image_id"]].append(([x, y, x + w, y + h], IGNORE if name is None else CLASSES.index(name)))
+    return {
+        i["file_name"]: Labels(
+            np.array([b for b, _ in grouped[i["id"]]], np.float64).reshape(-1, 4),
+            np.array([c for _, c in grouped[i["id"]]], np.int64),
+        )
+        for i in coco["images"]
+    }
+
+
+def random_box(
+    rng: np.random.Generator, hw: tuple[int, ...], labels: Labels, side: float
+) -> tuple[float, float, float, float]:
+    """A square crop of `side` raster px: around an object (70 %) or anywhere; kept mostly inside the image."""
+    height, width = hw[:2]
+    if len(labels.boxes) and rng.random() < 0.7:
+        x0, y0, x1, y1 = labels.boxes[rng.integers(len(labels.boxes))]
+        cx, cy = (x0 + x1) / 2 + rng.uniform(-0.45, 0.45) * side, (y0 + y1) / 2 + rng.uniform(-0.45, 0.45) * side
+    else:
+        cx, cy = rng.uniform(0, width), rng.uniform(0, height)
+    slack = 0.1 * side  # a little of the outside is seen, as at the border of a raster
+    left = np.clip(cx - side / 2, min(-slack, width - side + slack), max(-slack, width - side + slack))
+    top = np.clip(cy - side / 2, min(-slack, height - side + slack), max(-slack, height - side + slack))
+    return float(left), float(top), float(left + side), float(top + side)
+
+
+def targets(
+    boxes: npt.NDArray[np.float64], classes: npt.NDArray[np.int64], size_px: int, spec: DetectSet
+) -> tuple[F32, F32, F32, F32]:
+    """Heat [K,h,w], its loss weight [K,h,w], sides [4,h,w] and their weight [h,w] for boxes in tile px."""
+    n = size_px // STRIDE
+    heat = np.zeros((len(CLASSES), n, n), np.float32)
+    weight = np.zeros_like(heat)
+    if not spec.sparse:
+        weight[[CLASSES.index(c) for c in spec.complete]] = 1.0
+    sides, sides_weight = np.ones((4, n, n), np.float32), np.zeros((n, n), np.float32)
+    centre: npt.NDArray[np.float64] = (np.arange(n, dtype=np.float64) + 0.5) * STRIDE
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    visible = [k for k in np.argsort(-areas) if _visible_share(boxes[k], size_px) > 0]
+    for k in visible:
+        rows, columns = _cells(boxes[k], n, SIMD_NEAR if spec.sparse else 0.0)
+        weight[:, rows, columns] = 1.0
+    for k in visible:  # large boxes first, so that small ones on top of them win
+        box = boxes[k]
+        small = min(box[2] - box[0], box[3] - box[1]) < MIN_BOX_PX
+        if classes[k] == IGNORE or small or _visible_share(box, size_px) < 0.35:
+            rows, columns = _cells(box, n, 0.0)
+            weight[:, rows, columns] = 0.0
+            continue
+        _draw(heat[classes[k]], sides, sides_weight, box, centre)
+        # An object's own peak always counts, whatever ignore region overlaps it.
+        weight[classes[k]][heat[classes[k]] == 1.0] = 1.0
+    return heat, weight, sides, sides_weight
+
+
+def _visible_share(box: npt.NDArray[np.float64], size_px: int) -> float:
+    w = min(box[2], size_px) - max(box[0], 0)
+    h = min(box[3], size_px) - max(box[1], 0)
+    return float(max(w, 0) * max(h, 0) / max((box[2] - box[0]) * (box[3] - box[1]), 1e-9))
+
+
+def _cells(box: npt.NDArray[np.float64], n: int, grow: float) -> tuple[slice, slice]:
+    """Heat-map cells under `box` grown by `grow` box sizes on each side."""
+    dx, dy = (box[2] - box[0]) * grow, (box[3] - box[1]) * grow
+    x0, x1 = np.floor((box[0] - dx) / STRIDE), np.ceil((box[2] + dx) / STRIDE)
+    y0, y1 = np.floor((box[1] - dy) / STRIDE), np.ceil((box[3] + dy) / STRIDE)
+    x0, x1, y0, y1 = (int(min(max(v, 0), n)) for v in (x0, x1, y0, y1))
+    return slice(y0, y1), slice(x0, x1)
+
+
+def _draw(
+    heat: F32, sides: F32, sides_weight: F32, box: npt.NDArray[np.float64], centre: npt.NDArray[np.float64]
+) -> None:
+    """Add one box: an elliptic Gaussian with a peak of exactly 1, and side distances weighted by it."""
+    x0, y0, x1, y1 = box
+    last = len(centre) - 1
+    jx = int(np.clip((x0 + x1) / 2 // STRIDE, 0, last))
+    jy = int(np.clip((y0 + y1) / 2 // STRIDE, 0, last))
+    sx = max((x1 - x0) * GAUSSIAN_ALPHA / 6, STRIDE * 0.5)
+    sy = max((y1 - y0) * GAUSSIAN_ALPHA / 6, STRIDE * 0.5)
+    gx = np.exp(-0.5 * ((centre - centre[jx]) / sx) ** 2)
+    gy = np.exp(-0.5 * ((centre - centre[jy]) / sy) ** 2)
+    g = (gy[:, None] * gx[None]).astype(np.float32)
+    np.maximum(heat, g, out=heat)
+    inside = (centre[None] > x0) & (centre[None] < x1) & (centre[:, None] > y0) & (centre[:, None] < y1) & (g > 0.05)
+    inside[jy, jx] = True
+    # Side targets of a peak cell outside the box (its object is cut by the tile) stay positive.
+    for i, d in enumerate((centre - x0, centre - y0, x1 - centre, y1 - centre)):
+        plane = np.broadcast_to(d[None] if i % 2 == 0 else d[:, None], g.shape)
+        sides[i][inside] = np.maximum(plane, 0.5)[inside]
+    # Normalised so that each object weighs the same, whatever its size.
+    sides_weight[inside] = (g / g[inside].sum())[inside]

@@ -1,0 +1,1 @@
+"""Training a small checkpoint to answer as a large one does."""

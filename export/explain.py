@@ -1,0 +1,80 @@
+"""What an export will do and how large its result will be, before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from edge_rsvlm import profiles
+from edge_rsvlm.config.units import format_bytes
+from edge_rsvlm.export.families.base import Family, Source
+from edge_rsvlm.export.recipe import Recipe
+from edge_rsvlm.export.skeleton import skeleton
+
+BYTES_PER_PARAMETER = {"f32": 4, "f16": 2}
+ARITHMETIC_BYTES = 4
+"""The engine on a processor widens f16 weights when it loads them."""
+OVERHEAD = 1.25
+"""Activations, and what the allocator keeps, on top of weights and cache."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph and how many parameters it stores."""
+
+    name: str
+    parameters: int
+
+
+def parts(family: Family, source: Source) -> list[Part]:
+    """Every graph of the bundle; weights that two graphs share are stored in both."""
+    model = skeleton(family.model_class(source.config), source.config)
+    return [Part(plan.name, _count(plan.wrap(model).parameters())) for plan in family.graphs(source)]
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum({id(p): p.numel() for p in parameters}.values())
+
+
+def cache_bytes(tasks: dict[str, dict[str, Any]]) -> int:
+    """The largest key-value cache of a task: its image's tokens are not known here, so its answers alone."""
+
+    def one(task: dict[str, Any]) -> int:
+        cache = task.get("cache")
+        if cache is None:
+            return 0
+        per_token = 2 * cache["layers"] * cache["heads"] * cache["head_dim"] * ARITHMETIC_BYTES
+        return int(per_token * (task["max_tokens"] + (task["visual"].get("per_tile") or 1024)) * task["beams"])
+
+    return max(map(one, tasks.values()), default=0)
+
+
+def memory_needed(found: list[Part], tasks: dict[str, dict[str, Any]]) -> int:
+    """An estimate of the anonymous bytes of one process that runs every graph."""
+    weights = sum(part.parameters for part in found) * ARITHMETIC_BYTES
+    return int((weights + cache_bytes(tasks)) * OVERHEAD)
+
+
+def explain(recipe: Recipe, family: Family, source: Source) -> str:
+    """The plan in words: steps, bytes of every part at each precision, and whether it fits the profile."""
+    found, tasks = parts(family, source), family.describe(source).tasks
+    steps = ["checkpoint", *(["merge_lora"] if recipe.adapters else []), "compile_onnx", "parity", "make_bundle"]
+    lines = [
+        f"{recipe.checkpoint}: {source.config.model_type} ({family.name}), answers {', '.join(sorted(tasks))}",
+        f"steps: {', '.join(steps)}",
+        "",
+        f"{'part':<20}{'parameters':>14}" + "".join(f"{name:>12}" for name in BYTES_PER_PARAMETER),
+    ]
+    for part in [*found, Part("in all", sum(part.parameters for part in found))]:
+        sizes = "".join(f"{format_bytes(part.parameters * size):>12}" for size in BYTES_PER_PARAMETER.values())
+        lines.append(f"{part.name:<20}{part.parameters:>14,}{sizes}")
+    needed, limit = memory_needed(found, tasks), int(str(profiles.load(recipe.profile)["memory_bytes"]))
+    verdict = "fits" if needed <= limit else "DOES NOT FIT"
+    lines += [
+        "",
+        f"{recipe.target} on {recipe.profile}: about {format_bytes(needed)} of {format_bytes(limit)}: {verdict}",
+    ]
+    return "\n".join(lines)

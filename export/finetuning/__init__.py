@@ -1,0 +1,1 @@
+"""Training an adapter on a JSONL of captions, questions or boxes."""

@@ -1,0 +1,84 @@
+"""``FINETUNE.toml``: one fine-tuning, and what it has in common with every other training.
+
+version = 1
+checkpoint = "geochat-7b"        # folder of a Hugging Face checkpoint, relative to this file
+data = "harbours/train.jsonl"    # see finetuning/samples.py
+out = "harbour-lora"             # the adapter's folder, which an export takes
+minutes = 30                     # or: steps = 400
+rank = 16
+rate = 1e-4
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from edge_rsvlm.config.model import Model, parse
+from edge_rsvlm.errors import UsageError
+from edge_rsvlm.export.artifact import file_hash
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ALL_LINEAR = "all-linear"
+
+
+class TrainingRecipe(Model):
+    """What the loop must know."""
+
+    data: Path
+    out: Path
+    steps: int | None = Field(default=None, gt=0)
+    minutes: float | None = Field(default=None, gt=0)
+    rate: float = Field(default=1e-4, gt=0)
+    batch: int = Field(default=8, gt=0)
+    seed: int = 0
+
+    @property
+    def work_folder(self) -> Path:
+        """Where an unfinished run keeps its state."""
+        return self.out.parent / f".{self.out.name}-training"
+
+    def check(self) -> None:
+        """UsageError where the run has no end, or its result would replace something."""
+        if (self.steps is None) == (self.minutes is None):
+            raise UsageError("a training needs an end", fix='give either "steps" or "minutes"')
+        if self.out.exists():
+            raise UsageError(f"{self.out} exists already", fix="remove it, or name another folder")
+
+
+class FinetuneRecipe(TrainingRecipe):
+    version: Literal[1] = 1
+    checkpoint: Path
+    rank: int = Field(default=16, gt=0)
+    alpha: int = Field(default=32, gt=0)
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    """Modules as peft takes them, a regular expression or ends of names; all-linear: those of the text model."""
+
+    def digest(self) -> str:
+        """SHA-256 of what decides how a run goes on."""
+        return hashlib.sha256((self.model_dump_json() + file_hash(self.data)).encode()).hexdigest()
+
+
+def load_finetune_recipe(path: Path) -> FinetuneRecipe:
+    """Read and check a recipe; its paths are relative to it. UsageError names the wrong key or line."""
+    recipe = parse(FinetuneRecipe, {"version": 0, **read_toml(path)}, f"recipe {path}", UsageError)
+    placed = {name: path.parent / getattr(recipe, name) for name in ("checkpoint", "data", "out")}
+    return recipe.model_copy(update=placed)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises UsageError for a file that is missing or no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise UsageError(f"cannot read {path}: {exc.strerror}", fix="name an existing recipe") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise UsageError(f"{path} is not TOML: {exc}", fix="correct that line") from exc

@@ -1,0 +1,1 @@
+"""ONNX exports that others made, taken as they are."""

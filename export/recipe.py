@@ -1,0 +1,110 @@
+"""``RECIPE.toml``: one export, from a checkpoint to a bundle.
+
+version = 1
+checkpoint = "geochat-7b"                # folder of a Hugging Face checkpoint, relative to the recipe
+target = "onnx:f16"                      # or onnx:f32
+profile = "jetson-orin-nano-8gb"         # the device it must fit
+out = "geochat.bundle"
+
+[[adapters]]                             # PEFT LoRA, merged as W + weight * delta
+path = "harbour-lora"
+weight = 1.0
+
+[bundle]
+name = "geochat"
+version = 3
+licence = "LLaMA 2 Community License"
+training_data = ["GeoChat-Instruct"]
+resolution_m = [0.3, 1.0]                # ground resolution it was trained for; left out: not known
+
+[prompts]                                # instead of the family's own
+caption = "Describe this image."
+label = "a satellite photo of {label}."  # for classify, search and detect by words
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from edge_rsvlm.config.model import Model, parse
+from edge_rsvlm.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Target = Literal["onnx:f32", "onnx:f16"]
+TARGETS: tuple[Target, ...] = ("onnx:f32", "onnx:f16")
+
+
+class AdapterChoice(Model):
+    path: Path
+    weight: float = 1.0
+
+
+class BundleFacts(Model):
+    """What only the person who exports knows. ``name`` defaults to that of the checkpoint's folder."""
+
+    name: str | None = None
+    version: int = Field(default=1, ge=1)
+    description: str = ""
+    licence: str | None = None
+    training_data: tuple[str, ...] = ()
+    resolution_m: tuple[float, float] | None = None
+
+
+class Prompts(Model):
+    """Words of the person who exports; the family writes them into its chat template."""
+
+    caption: str | None = None
+    label: str | None = Field(default=None, pattern=r"\{label\}")
+
+
+class Recipe(Model):
+    version: Literal[1] = 1
+    checkpoint: Path
+    target: Target = "onnx:f32"
+    profile: str = "host"
+    out: Path
+    work: Path | None = None
+    """Where steps leave their artifacts; default: ``.NAME-export`` beside ``out``."""
+    adapters: tuple[AdapterChoice, ...] = ()
+    bundle: BundleFacts = BundleFacts()
+    prompts: Prompts = Prompts()
+    allow: tuple[str, ...] = ()
+    """Gates whose failure does not stop the export; recorded in the bundle."""
+
+    @property
+    def precision(self) -> str:
+        return self.target.partition(":")[2]
+
+    @property
+    def name(self) -> str:
+        return self.bundle.name or self.checkpoint.resolve().name
+
+    @property
+    def work_folder(self) -> Path:
+        return self.work or self.out.parent / f".{self.out.name}-export"
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe; its paths are relative to it. UsageError names the wrong key or line."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise UsageError(f"cannot read {path}: {exc.strerror}", fix="name an existing recipe") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise UsageError(f"{path} is not TOML: {exc}", fix="correct that line") from exc
+    recipe = parse(Recipe, {"version": 0, **data}, f"recipe {path}", UsageError)
+    base = path.parent
+    adapters = tuple(a.model_copy(update={"path": base / a.path}) for a in recipe.adapters)
+    placed = {
+        "checkpoint": base / recipe.checkpoint, "out": base / recipe.out, "adapters": adapters,
+        "work": base / recipe.work if recipe.work else None,
+    }  # fmt: skip
+    return recipe.model_copy(update=placed)

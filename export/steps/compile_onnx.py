@@ -1,0 +1,77 @@
+"""Step ``compile_onnx``: every graph traced and filled, and the draft of the bundle around them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edge_rsvlm.export.bundle_writer import write_manifest
+from edge_rsvlm.export.explain import memory_needed, parts
+from edge_rsvlm.export.external_data import Precision, write
+from edge_rsvlm.export.families.base import Description, Family, Source
+from edge_rsvlm.export.recipe import Recipe
+from edge_rsvlm.export.steps.merge_lora import ModelWeights
+from edge_rsvlm.export.tracing import trace
+
+BUNDLE, LAYERS = "bundle", "layers.json"
+PRECISIONS: dict[str, Precision] = {"f32": "f32", "f16": "f16"}
+TILE_BYTES = 256 << 20
+UNKNOWN_LICENCE = "unknown: ask who made the checkpoint"
+GraphProgress = Callable[[str, int, int], None]
+
+
+def compile_onnx(
+    family: Family, source: Source, weights: ModelWeights, recipe: Recipe, folder: Path, progress: GraphProgress
+) -> dict[str, Any]:
+    """Fill ``folder`` with ``bundle/`` (not measured, not proven) and ``layers.json`` (what parity names)."""
+    target = folder / BUNDLE
+    target.mkdir()
+    layers: dict[str, dict[str, str]] = {}
+    model_class = family.model_class(weights.config)
+    for plan in family.graphs(source):
+        traced = trace(model_class, weights.config, plan)
+        layers[plan.name] = dict(traced.layers)
+
+        def report(done: int, total: int, name: str = plan.name) -> None:
+            progress(name, done, total)
+
+        write(traced, weights.tensors, target / f"{plan.name}.onnx", PRECISIONS[recipe.precision], report)
+    (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n")
+    description = family.describe(source)
+    for name, content in description.files.items():
+        (target / name).write_bytes(content)
+    write_manifest(target, draft(recipe, description, memory_needed(parts(family, source), description.tasks)))
+    return {"bytes": sum(path.stat().st_size for path in target.iterdir()), "graphs": len(layers)}
+
+
+def draft(recipe: Recipe, description: Description, session_bytes: int) -> dict[str, Any]:
+    """Fields of a manifest whose memory is estimated and whose probe is empty."""
+    facts, known = recipe.bundle, description.facts
+    adapted = [choice.path.resolve().name for choice in recipe.adapters]
+    name = facts.name or "-".join([known.get("name", recipe.name), *adapted])
+    return {
+        "name": name, "version": facts.version,
+        "description": facts.description or known.get("description", f"exported from {recipe.name}"),
+        "licence": facts.licence or known.get("licence", UNKNOWN_LICENCE),
+        "training_data": facts.training_data or known.get("training_data", ()),
+        "engine": "onnxruntime", "precision": recipe.precision,
+        "graphs": {name: {"file": f"{name}.onnx", **roles} for name, roles in description.graphs.items()},
+        "tasks": tasks(recipe, description, session_bytes), "probe": [],
+    }  # fmt: skip
+
+
+def tasks(recipe: Recipe, description: Description, session_bytes: int) -> dict[str, Any]:
+    """The family's tasks with what the recipe says of them."""
+    memory = {"session_bytes": session_bytes, "tile_bytes": TILE_BYTES, "measured": False}
+    found: dict[str, Any] = {verb: {**task, "memory": memory} for verb, task in description.tasks.items()}
+    for task in found.values():
+        if recipe.bundle.resolution_m and task.get("input"):
+            task["input"] = {**task["input"], "resolution_m": recipe.bundle.resolution_m}
+        for key in ("label_prompt", "query_prompt"):
+            if recipe.prompts.label and key in task:
+                task[key] = recipe.prompts.label
+    if recipe.prompts.caption and "ask" in found and "caption" in found:
+        found["caption"]["prompt"] = found["ask"]["prompt"].replace("{text}", recipe.prompts.caption)
+    return found

@@ -1,0 +1,54 @@
+"""Step ``make_bundle``: the proven draft with its golden probe, measured memory and the record of its steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_rsvlm.config.manifest import MANIFEST_NAME
+from edge_rsvlm.export.artifact import Artifact
+from edge_rsvlm.export.bundle_writer import (
+    PROBE_FOLDER,
+    bundle_folder,
+    measured_memory,
+    place,
+    step_record,
+    write_manifest,
+)
+from edge_rsvlm.export.steps.compile_onnx import BUNDLE
+from edge_rsvlm.export.steps.parity import PROBES
+from edge_rsvlm.profiles import available_memory
+
+SHARE_OF_MEMORY = 0.6
+PROBE_TOLERANCE = 5e-3
+"""The same graph on another processor: sums in another order, no more."""
+
+
+def make_bundle(
+    steps: Sequence[Artifact], compiled: Artifact, proven: Artifact, allow: tuple[str, ...], out: Path
+) -> None:
+    """Write the bundle to ``out``; it appears whole, or not at all."""
+    draft = compiled.folder / BUNDLE
+    fields: dict[str, Any] = json.loads((draft / MANIFEST_NAME).read_text())
+    del fields["files"], fields["schema_version"]
+    with bundle_folder(out) as folder:
+        for path in draft.iterdir():
+            if path.name != MANIFEST_NAME:
+                place(path, folder / path.name)
+        golden = sorted((proven.folder / PROBES).iterdir())
+        fields["probe"] = [_probe(path, folder) for path in golden]
+        fields["steps"] = [step_record(step, allow if step is proven else ()) for step in steps]
+        write_manifest(folder, fields)
+        for verb, task in fields["tasks"].items():
+            if task is not None and task["memory"]["session_bytes"] < SHARE_OF_MEMORY * available_memory():
+                task["memory"] = measured_memory(folder, verb)
+        write_manifest(folder, fields)
+
+
+def _probe(path: Path, folder: Path) -> dict[str, Any]:
+    (folder / PROBE_FOLDER).mkdir(exist_ok=True)
+    shutil.copyfile(path, folder / PROBE_FOLDER / path.name)
+    return {"graph": path.stem, "file": f"{PROBE_FOLDER}/{path.name}", "tolerance": PROBE_TOLERANCE}

@@ -1,0 +1,127 @@
+"""Step ``parity``: the bundle computes what the checkpoint computes, its adapters not merged.
+
+Graphs are compared with the transformers model whose tensors are read as they are needed, so that size does not matter.
+Models that fit into memory are also compared whole: transformers with its own loading and processors on one side, the
+runtime with the manifest alone on the other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from edge_rsvlm.bundle import Bundle, load_bundle
+from edge_rsvlm.export.adapters.resolve import Updates
+from edge_rsvlm.export.adapters.unmerged import Unmerged
+from edge_rsvlm.export.checkpoint import Checkpoint, LazyTensor
+from edge_rsvlm.export.families.base import Arrays, Family, GraphPlan, Source
+from edge_rsvlm.export.gates import GATES, Check, divergence_check, tensor_checks
+from edge_rsvlm.export.layer_parity import compare_layers, first_above
+from edge_rsvlm.export.probe import graph_inputs, probe_image
+from edge_rsvlm.export.sliced import run_sliced
+from edge_rsvlm.export.steps.compile_onnx import GraphProgress
+from edge_rsvlm.export.steps.end_to_end import end_to_end
+from edge_rsvlm.export.streaming import streamed_model
+from edge_rsvlm.profiles import available_memory
+
+PROBES = "probes"
+WORST_LAYERS = 5
+SHARE_OF_MEMORY = 0.25
+"""A model is compared whole when it takes no more than this of what the machine can give."""
+NO_GOLDEN = ("present.",)
+"""Caches are compared, and not kept: they are large and say what the logits say."""
+
+
+class Parity:
+    """One comparison: what is compared, and what came of it."""
+
+    def __init__(self, family: Family, source: Source, bundle: Bundle, layers: Mapping[str, Mapping[str, str]]) -> None:
+        self._family, self._source, self._bundle, self._layers = family, source, bundle, layers
+        self._gate = GATES[bundle.manifest.precision]
+        self._image = probe_image()
+        self._made: Arrays = {}
+        self.checks: list[Check] = []
+        self.worst: dict[str, list[str]] = {}
+
+    def graph(self, plan: GraphPlan, model: nn.Module, probes: Path) -> None:
+        """Compare one graph, and keep what it computes here of these inputs: the device is to compute the same."""
+        inputs = graph_inputs(plan.name, plan.inputs, self._bundle, self._image, self._made)
+        expected = _outputs(plan, model, inputs)
+        path = self._bundle.path(self._bundle.manifest.graphs[plan.name].file)
+        found = dict(run_sliced(path, inputs, plan.outputs))
+        checks = [check for name in plan.outputs for check in self._compare(plan, name, found[name], expected[name])]
+        if not all(check.passed for check in checks):
+            self._name_layers(plan, model, path, inputs)
+        self.checks += checks
+        self._made |= {name: value for name, value in expected.items() if not name.startswith(NO_GOLDEN)}
+        golden = {name: value for name, value in found.items() if not name.startswith(NO_GOLDEN)}
+        arrays = {f"in.{k}": v for k, v in inputs.items()} | {f"out.{k}": v for k, v in golden.items()}
+        np.savez_compressed(probes / f"{plan.name}.npz", **arrays)  # type: ignore[arg-type]
+
+    def whole(self, model: nn.Module) -> None:
+        """Compare transformers and the runtime from pixels to answers."""
+        self.checks += end_to_end(self._family, self._source, model, self._bundle, self._image, self._gate)
+
+    def _compare(self, plan: GraphPlan, name: str, found: NDArray[Any], expected: NDArray[Any]) -> list[Check]:
+        output = f"{plan.name}.{name}"
+        checks = tensor_checks(output, found, expected, self._gate)
+        if name == "logits" and expected.ndim == 3:
+            checks.append(divergence_check(output, found[0, -1], expected[0, -1], self._gate))
+        return checks
+
+    def _name_layers(self, plan: GraphPlan, model: nn.Module, path: Path, inputs: Arrays) -> None:
+        rows = compare_layers(path, self._layers[plan.name], model, plan, inputs)
+        first = first_above(rows, self._gate.error)
+        worst = sorted(rows, key=lambda row: row.growth, reverse=True)[:WORST_LAYERS]
+        lines = [f"first off: {first.module}, error {first.error:.3g}"] if first else []
+        self.worst[plan.name] = [*lines, *(f"{row.module}: error {row.error:.3g}, x{row.growth:.3g}" for row in worst)]
+
+
+def parity(
+    family: Family,
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, LazyTensor],
+    updates: Updates,
+    compiled: Path,
+    folder: Path,
+    progress: GraphProgress,
+) -> tuple[dict[str, Any], Parity]:
+    """Fill ``folder`` with golden probes; the metrics hold every check by name."""
+    source = Source(checkpoint.folder, checkpoint.config)
+    bundle = load_bundle(compiled / "bundle", allow_unsigned=True, allow_older=True)
+    layers = json.loads((compiled / "layers.json").read_text())
+    compared = Parity(family, source, bundle, layers)
+    model_class = family.model_class(checkpoint.config)
+    (folder / PROBES).mkdir()
+    plans = family.graphs(source)
+    for index, plan in enumerate(plans):
+        progress(plan.name, index, len(plans))
+        # A model of its own for each graph: wrappers may change how it computes.
+        model = streamed_model(model_class, checkpoint.config, tensors)
+        with Unmerged(model, updates):
+            compared.graph(plan, model, folder / PROBES)
+    size = sum(math.prod(tensor.shape) * torch.float32.itemsize for tensor in tensors.values())
+    whole = size <= SHARE_OF_MEMORY * available_memory()
+    if whole:
+        loaded: Any = model_class
+        published = loaded.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True).eval()
+        with Unmerged(published, updates) as model:
+            compared.whole(model)
+    metrics = {check.name: check.value for check in compared.checks}
+    return metrics | {"compared whole": "yes" if whole else "no, it is too large for this machine"}, compared
+
+
+def _outputs(plan: GraphPlan, model: nn.Module, inputs: Arrays) -> Arrays:
+    module = plan.wrap(model).eval()
+    with torch.no_grad():
+        found = module(*(torch.from_numpy(inputs[given.name]) for given in plan.inputs))
+    values = found if isinstance(found, tuple) else (found,)
+    return {name: value.float().numpy() for name, value in zip(plan.outputs, values, strict=True)}

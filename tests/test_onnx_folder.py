@@ -1,0 +1,579 @@
+"""ONNX exports in the layouts of optimum and transformers.js, made here with torch.onnx, against transformers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the export extra is not installed")
+transformers = pytest.importorskip("transformers", reason="the export extra is not installed")
+onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
+pytest.importorskip("onnxscript", reason="the export extra is not installed")
+
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import nn  # noqa: E402
+
+from edge_rsvlm.config.manifest import GenerateTask, Graph, MatchTask  # noqa: E402
+from edge_rsvlm.engines.onnxruntime import OnnxRuntimeEngine  # noqa: E402
+from edge_rsvlm.errors import InputError, UsageError  # noqa: E402
+from edge_rsvlm.export.families.base import Source  # noqa: E402
+from edge_rsvlm.export.families.clip import Clip  # noqa: E402
+from edge_rsvlm.export.families.idefics3 import Idefics3, Idefics3Vision, position_ids  # noqa: E402
+from edge_rsvlm.export.families.image_processors import load_image_processor  # noqa: E402
+from edge_rsvlm.export.families.llava import Llava, LlavaVision  # noqa: E402
+from edge_rsvlm.export.families.siglip import Siglip  # noqa: E402
+from edge_rsvlm.export.families.tokenizers import load_tokenizer  # noqa: E402
+from edge_rsvlm.export.onnx_folder.graphs import cut, inputs_of  # noqa: E402
+from edge_rsvlm.export.onnx_folder.reading import layout, read_onnx_folder  # noqa: E402
+from edge_rsvlm.pipeline.runtime import RoleSession  # noqa: E402
+from edge_rsvlm.tasks.decoder import cache_names  # noqa: E402
+from edge_rsvlm.tasks.generate import GenerateSessions, Generator  # noqa: E402
+from edge_rsvlm.tasks.match import Matcher  # noqa: E402
+from edge_rsvlm.tasks.text import Texts  # noqa: E402
+from edge_rsvlm.tiles.prepare import prepare  # noqa: E402
+from tests import tiny_checkpoints, tiny_generators  # noqa: E402
+
+MEMORY = {"session_bytes": 1, "tile_bytes": 1}
+QUESTION = "how many airplanes are there?"
+
+
+def scene(height, width):
+    """Blobs, so that what a resize keeps differs from place to place."""
+    noise = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
+
+
+# Making exports
+
+
+def export(module, path, given, outputs, free):
+    """By the exporter that optimum uses. ``given`` are examples by input name, ``free`` their open dimensions."""
+    path.parent.mkdir(exist_ok=True)
+    names = [name for key, value in given.items() for name in ([key] if torch.is_tensor(value) else value.names)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is constant in a trace, and of the exporter's age
+        torch.onnx.export(
+            module.eval(), tuple(given.values()), path, input_names=names, output_names=list(outputs), dynamo=False,
+            dynamic_axes={name: {k: f"{name}_{k}" for k in free[name]} for name in (*names, *outputs) if name in free},
+            opset_version=18,
+        )  # fmt: skip
+
+
+class Past(list):
+    """Caches, as one argument of a module."""
+
+    def __init__(self, names, tensors):
+        super().__init__(tensors)
+        self.names = names
+
+
+class WholeClip(nn.Module):
+    """What optimum's zero-shot-image-classification exports."""
+
+    def __init__(self, model, masked):
+        super().__init__()
+        self.model, self.masked = model, masked
+
+    def forward(self, input_ids, pixel_values, attention_mask=None):
+        more = {"attention_mask": attention_mask} if self.masked else {}
+        found = self.model(input_ids=input_ids, pixel_values=pixel_values, **more)
+        return found.logits_per_image, found.logits_per_text, found.text_embeds, found.image_embeds
+
+
+class Tower(nn.Module):
+    """One half, with the outputs of CLIPTextModelWithProjection and the like."""
+
+    def __init__(self, model, side):
+        super().__init__()
+        self.model, self.side = model, side
+
+    def forward(self, given):
+        name = "input_ids" if self.side == "text" else "pixel_values"
+        return getattr(self.model, f"get_{self.side}_features")(**{name: given}).pooler_output
+
+
+def load(folder, family):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return Source(folder, config), family.model_class(config).from_pretrained(folder).eval()
+
+
+def without_weights(folder):
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+
+
+def whole_clip(folder, family, make, masked):
+    make(folder)
+    source, model = load(folder, family)
+    given = {"input_ids": torch.full((2, 64 if family.pads else 7), 5), "pixel_values": torch.randn(3, 3, 64, 64)}
+    free = {"input_ids": (0,) if family.pads else (0, 1), "pixel_values": (0,), "attention_mask": (0, 1)}
+    if masked:
+        given |= {"attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    names = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+    export(WholeClip(model, masked), folder / "onnx" / "model.onnx", given, names, free)
+    without_weights(folder)
+    return SimpleNamespace(folder=folder, source=source, model=model)
+
+
+class HubVision(nn.Module):
+    """SmolVLM's vision_encoder: images of a conversation, and a mask of their pixels, which must be whole."""
+
+    def __init__(self, model, positions):
+        super().__init__()
+        self.vision = Idefics3Vision(model, positions)
+
+    def forward(self, pixel_values, pixel_attention_mask):
+        features = self.vision(pixel_values.flatten(0, 1))
+        return features * pixel_attention_mask.flatten(0, 1).flatten(1).all(dim=1)[:, None, None]
+
+
+class HubDecoder(nn.Module):
+    """decoder_model_merged: a mask over what is past and new, and the logits of every new token."""
+
+    def __init__(self, body, head):
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, inputs_embeds, attention_mask, position_ids, past):
+        cache = transformers.DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        new, every = inputs_embeds.shape[1], attention_mask.shape[1]
+        seen = torch.arange(every) <= torch.arange(new)[:, None] + every - new
+        scores = torch.where(seen & attention_mask[:, None, None].bool(), 0.0, -3e4)
+        found = self.body(
+            inputs_embeds=inputs_embeds, attention_mask=scores, position_ids=position_ids, past_key_values=cache,
+            use_cache=True,
+        )  # fmt: skip
+        return (self.head(found.last_hidden_state), *(part for keys, values, _ in cache for part in (keys, values)))
+
+
+def text_graphs(folder, family, source, model):
+    text, words = family.text_model(model), source.config.text_config
+    heads, size, layers = words.num_key_value_heads, words.hidden_size // words.num_attention_heads, 2
+    names = [f"past_key_values.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    export(
+        text.embed, folder / "onnx" / "embed_tokens.onnx", {"input_ids": torch.zeros(2, 7, dtype=torch.long)},
+        ["inputs_embeds"], {"input_ids": (0, 1)},
+    )  # fmt: skip
+    given = {
+        "inputs_embeds": torch.randn(2, 7, words.hidden_size),
+        "attention_mask": torch.ones(2, 12, dtype=torch.long),
+        "position_ids": torch.arange(5, 12).repeat(2, 1),
+        "past": Past(names, [torch.randn(2, heads, 5, size) for _ in names]),
+    }
+    export(
+        HubDecoder(text.body, text.head), folder / "onnx" / "decoder_model_merged.onnx", given,
+        ["logits", *(name.replace("past_key_values", "present") for name in names)],
+        {**dict.fromkeys(given, (0, 1)), **dict.fromkeys(names, (0, 2))},
+    )  # fmt: skip
+    without_weights(folder)
+    return SimpleNamespace(folder=folder, family=family, source=source, model=model)
+
+
+def smolvlm(folder):
+    family = Idefics3()
+    tiny_generators.idefics3(folder, smol=True, tile_px=60)
+    source, model = load(folder, family)
+    export(
+        HubVision(model, position_ids(100, 4, 60)), folder / "onnx" / "vision_encoder.onnx",
+        {"pixel_values": torch.randn(2, 3, 3, 60, 60), "pixel_attention_mask": torch.ones(2, 3, 60, 60).bool()},
+        ["image_features"], {"pixel_values": (0, 1), "pixel_attention_mask": (0, 1)},
+    )  # fmt: skip
+    return text_graphs(folder, family, source, model)
+
+
+def llava(folder):
+    family = Llava()
+    tiny_generators.llava(folder)
+    source, model = load(folder, family)
+    export(
+        LlavaVision(model, source.config), folder / "onnx" / "vision_encoder.onnx",
+        {"pixel_values": torch.randn(2, 3, 42, 42)}, ["image_features"], {"pixel_values": (0,)},
+    )  # fmt: skip
+    return text_graphs(folder, family, source, model)
+
+
+MAKERS = {
+    "clip": lambda folder: whole_clip(folder, Clip(), tiny_checkpoints.clip, masked=True),
+    "siglip": lambda folder: whole_clip(folder, Siglip(), tiny_checkpoints.siglip, masked=False),
+    "smolvlm": smolvlm,
+    "llava": llava,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An export by name, made once; tests that change it copy it first."""
+    return cache(lambda name: MAKERS[name](tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """A copy of an export to break: ``copied("clip")`` returns its folder."""
+    return lambda name: Path(shutil.copytree(made(name).folder, tmp_path / "copy"))
+
+
+# Running what was taken
+
+
+def sessions_of(taken, out):
+    out.mkdir(exist_ok=True)
+    files = taken.write(out)
+    for name, content in taken.description.files.items():
+        (out / name).write_bytes(content)
+    engine = OnnxRuntimeEngine()
+    caches = frozenset()
+    if "decoder" in files:
+        caches = frozenset(cache_names(generate_task(taken, "ask").cache).values())
+    return {
+        name: RoleSession(engine.open(out / file), Graph(file=file, **taken.description.graphs[name]), caches)
+        for name, file in files.items()
+    }
+
+
+def generate_task(taken, verb):
+    return GenerateTask.model_validate({**taken.description.tasks[verb], "memory": MEMORY})
+
+
+def matcher(taken, out, verb="search"):
+    task = MatchTask.model_validate({**taken.description.tasks[verb], "memory": MEMORY})
+    sessions = sessions_of(taken, out)
+    texts = Texts(task.text.tokenizer, out / task.text.tokenizer.file)
+    return task, Matcher(task, sessions[task.encoder], sessions[task.text.graph], texts)
+
+
+def check_matcher(export, taken, out):
+    """Embeddings and class scores as transformers computes them."""
+    task, match = matcher(taken, out, "classify")
+    pixels = np.random.default_rng(1).normal(size=(3, 3, 64, 64)).astype(np.float32)
+    labels = ["a cat", "an airport at night", "ships"]
+    prompts = [task.label_prompt.format(label=label) for label in labels]
+    tokenizer = load_tokenizer(export.folder, export.source.config)
+    padding = "max_length" if task.score == "sigmoid" else "longest"
+    longest = task.text.tokenizer.max_length
+    tokens = tokenizer(prompts, padding=padding, max_length=longest, truncation=True, return_tensors="pt")
+    names = ("input_ids", "attention_mask") if task.score == "softmax" else ("input_ids",)
+    tokens = {name: tokens[name] for name in names}
+    with torch.inference_mode():
+        wanted = export.model(pixel_values=torch.from_numpy(pixels), **tokens)
+    images_ND = match.images(pixels)
+    np.testing.assert_allclose(images_ND, wanted.image_embeds, atol=1e-5)
+    np.testing.assert_allclose(match.texts(prompts), wanted.text_embeds, atol=1e-5)
+    logits = wanted.logits_per_image
+    scores = logits.sigmoid() if task.score == "sigmoid" else logits.softmax(-1)
+    np.testing.assert_allclose(match.scores(images_ND, labels), scores, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_dual_encoder_in_one_graph_is_cut_in_two(made, tmp_path, name):
+    export = made(name)
+    taken = read_onnx_folder(export.folder)
+    assert taken.description.graphs["image_encoder"]["inputs"] == {"tiles": "pixel_values"}
+    check_matcher(export, taken, tmp_path)
+    whole, halves = export.folder / "onnx" / "model.onnx", list(tmp_path.glob("*.onnx"))
+    assert len(halves) == 2
+    assert sum(path.stat().st_size for path in halves) < 1.05 * whole.stat().st_size, "each half has its own weights"
+
+
+def test_both_halves_share_external_data(made, copied, tmp_path):
+    folder = copied("clip")
+    path = folder / "onnx" / "model.onnx"
+    onnx.save(
+        onnx.load(path), path, save_as_external_data=True, location="model.onnx_data"
+    )  # fmt: skip
+    export = SimpleNamespace(**{**vars(made("clip")), "folder": folder})
+    check_matcher(export, read_onnx_folder(folder), tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "image_encoder.onnx", "text_encoder.onnx", "model.onnx_data", "tokenizer.json"
+    }  # fmt: skip
+    (folder / "onnx" / "model.onnx_data").unlink()
+    with pytest.raises(InputError, match=r"model\.onnx_data"):
+        read_onnx_folder(folder).write(tmp_path / "out")
+
+
+def test_two_towers_rank_and_classify_only_with_the_trained_scale(tmp_path):
+    folder = tiny_checkpoints.clip(tmp_path)
+    source, model = load(folder, Clip())
+    export(Tower(model, "image"), folder / "vision_model.onnx", {"pixel_values": torch.randn(2, 3, 64, 64)},
+           ["image_embeds"], {"pixel_values": (0,)})  # fmt: skip
+    export(Tower(model, "text"), folder / "text_model.onnx", {"input_ids": torch.full((2, 9), 5)},
+           ["text_embeds"], {"input_ids": (0, 1)})  # fmt: skip
+    check_matcher(SimpleNamespace(folder=folder, source=source, model=model), read_onnx_folder(folder), tmp_path / "a")
+    without_weights(folder)
+    taken = read_onnx_folder(folder)
+    assert taken.description.tasks.keys() == {"search"}
+    out = tmp_path / "b"
+    _, match = matcher(taken, out)
+    assert match.texts(["a cat"]).shape == (1, 16)
+    assert (out / "text_model.onnx").read_bytes() == (folder / "text_model.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "size_hw"), [("smolvlm", (200, 130)), ("smolvlm", (60, 60)), ("llava", (90, 130))])
+def test_generation_says_what_transformers_says(made, tmp_path, name, size_hw):
+    export, image_HWC = made(name), scene(*size_hw)
+    taken = read_onnx_folder(export.folder)
+    task, sessions = generate_task(taken, "ask"), sessions_of(taken, tmp_path)
+    task = task.model_copy(update={"max_tokens": 16})
+    roles = frozenset(taken.description.graphs["decoder"]["inputs"])
+    assert roles == {"inputs_embeds", "attention_mask", "position_ids"}
+    generator = Generator(
+        task, GenerateSessions(sessions["image"], None, sessions["embed"], sessions["decoder"]), roles,
+        tmp_path / "tokenizer.json",
+    )  # fmt: skip
+    image = prepare(image_HWC, task.input.prepare, task.input.mean, task.input.std)
+    tokens = export.family.reference(export.source, export.model, image_HWC, QUESTION)["tokens"]
+    tokenizer = load_tokenizer(export.folder, export.source.config)
+    said = generator([image, image], QUESTION)
+    assert said == [tokenizer.decode(tokens, skip_special_tokens=True).strip()] * 2
+    assert len(said[0]) > 5
+
+
+def test_files_that_fit_are_copied_unchanged(made, tmp_path):
+    export = made("llava")
+    files = read_onnx_folder(export.folder).write(tmp_path)
+    for file in files.values():
+        assert (tmp_path / file).read_bytes() == (export.folder / "onnx" / file).read_bytes()
+
+
+def test_links_of_a_cache_become_files(made, tmp_path):
+    folder = tmp_path / "snapshot"
+    shutil.copytree(made("llava").folder, folder, ignore=lambda *_: ["onnx"])
+    (folder / "onnx").mkdir()
+    for path in (made("llava").folder / "onnx").iterdir():
+        (folder / "onnx" / path.name).symlink_to(path)
+    (tmp_path / "out").mkdir()
+    for file in read_onnx_folder(folder).write(tmp_path / "out").values():
+        assert not (tmp_path / "out" / file).is_symlink() and (tmp_path / "out" / file).stat().st_size > 0
+
+
+def test_patches_are_those_of_qwens_image_processor(tmp_path):
+    folder = tiny_generators.qwen(tmp_path / "qwen")
+    width, numbers = 48, 3 * 2 * 14 * 14
+    mean = np.random.default_rng(0).normal(size=(4 * numbers, width)).astype(np.float32) / 50
+    token = [
+        helper.make_node("Reshape", ["pixel_values", "by_token"], ["joined"]),
+        helper.make_node("MatMul", ["joined", "weights"], ["mixed"]),
+        helper.make_node("Cast", ["grid_thw"], ["grid"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["grid"], ["total"], keepdims=0),
+        helper.make_node("Add", ["mixed", "total"], ["image_features"]),
+    ]
+    weights = [
+        numpy_helper.from_array(mean, "weights"),
+        numpy_helper.from_array(np.array([-1, 4 * numbers]), "by_token"),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["patches", numbers]),
+        helper.make_tensor_value_info("grid_thw", TensorProto.INT64, ["images", 3]),
+    ]
+    outputs = [helper.make_tensor_value_info("image_features", TensorProto.FLOAT, ["tokens", width])]
+    save(folder / "vision_encoder.onnx", token, inputs, outputs, weights)
+    embed_graph(folder, width)
+    decoder_graph(folder, position_rank=3)
+    taken = read_onnx_folder(folder)
+    task, sessions = generate_task(taken, "ask"), sessions_of(taken, tmp_path / "out")
+    image_HWC = scene(90, 200)
+    found = load_image_processor(folder)(Image.fromarray(image_HWC), return_tensors="np")
+    patches, (grid,) = found["pixel_values"], found["image_grid_thw"]
+    wanted = patches.reshape(-1, 4 * numbers) @ mean + grid.sum() * 2  # for two images
+    tiles = prepare(image_HWC, task.input.prepare, task.input.mean, task.input.std).pixels_KCHW
+    assert tiles.shape[2:] == (14 * grid[1], 14 * grid[2]) and grid[1] != grid[2]
+    (features,) = sessions["image"].run({"tiles": np.concatenate([tiles, tiles])}, ["features"])
+    assert features.shape == (2, len(wanted), width)
+    # Prepared pixels may be off by one of 255 levels.
+    np.testing.assert_allclose(features, np.stack([wanted, wanted]), atol=0.05)
+    assert task.positions == "mrope" and task.cache.layers == 2
+
+
+# Graphs too simple for torch
+
+
+def save(path, nodes, inputs, outputs, weights=(), opset=20):
+    graph = helper.make_graph(nodes, "made", inputs, outputs, list(weights))
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9).SerializeToString()
+    )
+
+
+def embed_graph(folder, width):
+    save(
+        folder / "embed_tokens.onnx", [helper.make_node("Gather", ["table", "input_ids"], ["inputs_embeds"])],
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "S"])],
+        [helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, ["B", "S", width])],
+        [numpy_helper.from_array(np.zeros((400, width), np.float32), "table")],
+    )  # fmt: skip
+
+
+def decoder_graph(
+    folder, *, position_rank=2, extra=(), dtype=TensorProto.FLOAT, heads=2, layers=(0, 1), tokens="inputs_embeds"
+):
+    """Reads nothing of what it is given; only its names, types and shapes matter."""
+    past = [f"past_key_values.{layer}.{part}" for layer in layers for part in ("key", "value")]
+    present = [name.replace("past_key_values", "present") for name in past]
+    positions = [3, "B", "S"] if position_rank == 3 else ["B", "S"]
+    nodes = [helper.make_node("Identity", [tokens], ["logits"])]
+    nodes += [helper.make_node("Identity", [a], [b]) for a, b in zip(past, present, strict=True)]
+    shape = ["B", heads, "P", 12]
+    inputs = [
+        helper.make_tensor_value_info(tokens, TensorProto.FLOAT, ["B", "S", 48]),
+        helper.make_tensor_value_info("position_ids", TensorProto.INT64, positions),
+        *(helper.make_tensor_value_info(name, dtype, shape) for name in past),
+        *(helper.make_tensor_value_info(name, TensorProto.BOOL, [1]) for name in extra),
+    ]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", "S", 48])]
+    outputs += [helper.make_tensor_value_info(name, dtype, shape) for name in present]
+    save(folder / "decoder_model_merged.onnx", nodes, inputs, outputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"extra": ["use_cache_branch"]}, "'use_cache_branch', which this runtime does not feed"),
+        ({"extra": ["num_logits_to_keep"]}, "'num_logits_to_keep'"),
+        ({"tokens": "input_ids"}, "'input_ids' is FLOAT|has no 'inputs_embeds'|'input_ids', which"),
+        ({"dtype": TensorProto.FLOAT16}, "FLOAT16, not FLOAT.*_fp16"),
+        ({"layers": (0, 2)}, "no key and value cache for every layer"),
+        ({"layers": ()}, "for every layer: none"),
+        ({"heads": "H"}, "caches are not"),
+    ],
+)
+def test_decoders_that_cannot_run_are_refused_by_name(copied, options, problem):
+    folder = copied("llava")
+    decoder_graph(folder / "onnx", **options)
+    with pytest.raises(UsageError, match=problem):
+        read_onnx_folder(folder)
+
+
+def vision_graph(folder, shape, dtype=TensorProto.FLOAT, extra=(), opset=20):
+    inputs = [helper.make_tensor_value_info("pixel_values", dtype, shape)]
+    inputs += [helper.make_tensor_value_info(name, TensorProto.BOOL, ["B", "I", 42, 42]) for name in extra]
+    outputs = [helper.make_tensor_value_info("image_features", dtype, ["B", 9, 48])]
+    nodes = [helper.make_node("Identity", ["pixel_values"], ["image_features"])]
+    save(folder / "vision_encoder.onnx", nodes, inputs, outputs, opset=opset)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"shape": ["B", 3, 42, 42], "dtype": TensorProto.FLOAT16}, "FLOAT16"),
+        ({"shape": [1, 3, 42, 42]}, "batches of 1 only"),
+        ({"shape": ["B", 3, 42, 42], "extra": ["query"]}, "'pixel_values', 'query', which is not known"),
+        ({"shape": ["patches", 1176]}, "not known"),
+        ({"shape": ["B", "I", 3, 42, 42], "extra": ["pixel_attention_mask"], "opset": 11}, "opset 11"),
+    ],
+)
+def test_vision_encoders_that_cannot_run_are_refused_by_name(copied, options, problem):
+    folder = copied("llava")
+    vision_graph(folder / "onnx", **options)
+    with pytest.raises(UsageError, match=problem):
+        read_onnx_folder(folder)
+
+
+def test_layouts(copied, tmp_path):
+    folder = copied("clip")
+    assert layout(folder) == (folder / "onnx" / "model.onnx",)
+    (folder / "onnx" / "model.onnx").rename(folder / "onnx" / "model_fp16.onnx")
+    assert layout(folder) is None
+    with pytest.raises(UsageError, match=r"no ONNX export of a known layout.*decoder_model_merged"):
+        read_onnx_folder(folder)
+    (folder / "onnx" / "model_fp16.onnx").rename(folder / "model.onnx")
+    assert layout(folder) == (folder / "model.onnx",)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "clip"', '"model_type": "owlvit"'))
+    with pytest.raises(UsageError, match="type 'owlvit' in this layout are not known; known types are clip, siglip"):
+        read_onnx_folder(folder)
+
+
+def test_broken_files_are_named(copied):
+    folder = copied("clip")
+    for content in (b"", b"no protobuf", (folder / "onnx" / "model.onnx").read_bytes()[:-1000]):
+        (folder / "onnx" / "model.onnx").write_bytes(content)
+        with pytest.raises(InputError, match=r"model\.onnx: not an ONNX file"):
+            read_onnx_folder(folder)
+
+
+def test_data_files_outside_of_the_folder_are_refused(copied, tmp_path):
+    folder = copied("llava")
+    path = folder / "onnx" / "embed_tokens.onnx"
+    model = onnx.load(path)
+    (tmp_path / "elsewhere").write_bytes(b"\0" * 10**6)
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../elsewhere")
+    path.write_bytes(model.SerializeToString())
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="not beside it"):
+        read_onnx_folder(folder).write(tmp_path / "out")
+
+
+def test_a_cut_keeps_what_subgraphs_read_and_no_more():
+    branch = helper.make_graph(
+        [helper.make_node("Add", ["a", "w1"], ["chosen"])], "yes",
+        [], [helper.make_tensor_value_info("chosen", TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["w2"], ["chosen2"])], "no",
+        [], [helper.make_tensor_value_info("chosen2", TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    value = helper.make_tensor_value_info
+    weights = [numpy_helper.from_array(np.array([n], np.float32), f"w{n}") for n in (1, 2, 3)]
+    graph = helper.make_graph(
+        [
+            helper.make_node("If", ["flag"], ["y"], then_branch=branch, else_branch=other),
+            helper.make_node("Add", ["b", "w3"], ["z"]),
+        ],
+        "made",
+        [value("flag", TensorProto.BOOL, []), value("a", TensorProto.FLOAT, [1]), value("b", TensorProto.FLOAT, [1])],
+        [value("y", TensorProto.FLOAT, [1]), value("z", TensorProto.FLOAT, [1])],
+        weights,
+    )
+    part = cut(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), ["y"])
+    assert list(inputs_of(part)) == ["flag", "a"]
+    assert {tensor.name for tensor in part.graph.initializer} == {"w1", "w2"}
+    onnx.checker.check_model(part)
+
+
+# The real thing
+
+
+def test_an_export_by_optimum(tmp_path):
+    """Optimum's exporter wants an older transformers: an environment of its own, which borrows torch from this one."""
+    if os.environ.get("EDGE_RSVLM_SLOW") != "1":
+        pytest.skip("needs slow: set EDGE_RSVLM_SLOW=1 to install optimum and export with it (a minute)")
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    tiny_checkpoints.as_4x(tiny_checkpoints.clip(checkpoint))
+    venv, out = tmp_path / "venv", tmp_path / "exported"
+    run(sys.executable, "-m", "venv", str(venv))
+    (site,) = venv.glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text(str(Path(torch.__file__).parents[1]))
+    python = str(venv / "bin" / "python")
+    run(python, "-m", "pip", "install", "-q", "--no-deps", "optimum==2.1.0", "optimum-onnx==0.1.0",
+        "transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2", "requests", "urllib3",
+        "charset_normalizer")  # fmt: skip
+    run(
+        python,
+        "-m",
+        "optimum.exporters.onnx",
+        "-m",
+        str(checkpoint),
+        "--task",
+        "zero-shot-image-classification",
+        str(out),
+    )
+    source, model = load(checkpoint, Clip())
+    check_matcher(SimpleNamespace(folder=out, source=source, model=model), read_onnx_folder(out), tmp_path / "taken")
+
+
+def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
