@@ -32,9 +32,10 @@ class Demand:
     """What one task asks of one input; ``dates`` is 2 for change.
 
     ``tile_bytes`` is one tile as the model takes it with what preparing it holds, of one date; ``cache_bytes`` are the
-    key-value caches of one. The input has ``tiles``, of ``tile_px``. ``scale_xy`` are pixels as read (of the raster or
-    an overview) per tile pixel, ``width`` pixels of the raster. ``resident_bytes`` stay decoded for as long as the
-    input is open. ``canvas_rows`` is how many rows of the raster the results of two rows of tiles cover.
+    key-value caches of one. ``adapter_bytes`` are factors that are fed whatever the tile. The input has ``tiles``, of
+    ``tile_px``. ``scale_xy`` are pixels as read (of the raster or an overview) per tile pixel, ``width`` pixels of the
+    raster. ``resident_bytes`` stay decoded for as long as the input is open. ``canvas_rows`` is how many rows of the
+    raster the results of two rows of tiles cover.
     """
 
     task: str
@@ -43,6 +44,7 @@ class Demand:
     tile_bytes: int
     tiles: int
     cache_bytes: int = 0
+    adapter_bytes: int = 0
     bytes_per_pixel: int = 0
     scale_xy: tuple[float, float] = (1.0, 1.0)
     width: int = 1
@@ -107,10 +109,12 @@ def _plan(demands: Sequence[Demand], base: int, batch: int, read_pixels: int) ->
     def most(of: str) -> int:
         return max(_sizes(demand, batch, read_pixels)[of] for demand in demands)
 
+    adapter = max(demand.adapter_bytes for demand in demands)
     items = [
         ("process", base),
         # Sessions stay open from task to task; the arena's peak is that of the largest.
         ("engine", sum(d.memory.session_bytes for d in demands) + most("engine")),
+        *([("adapter", adapter)] if adapter else []),
         ("raster", RASTER_CACHE_BYTES + most("pixels")),
         ("tiles", most("tiles")),
         ("results", RESULTS_BYTES + most("canvas")),

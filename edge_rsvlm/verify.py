@@ -16,6 +16,7 @@ from edge_rsvlm.bundle.contents import COPY_AGAIN, Problem
 from edge_rsvlm.bundle.zips import ZIP_ERRORS, open_zip
 from edge_rsvlm.config.manifest import Manifest, ProbeCase
 from edge_rsvlm.errors import BudgetError, BundleError
+from edge_rsvlm.pipeline.adapters import read_adapter
 from edge_rsvlm.types import InferenceSession
 
 MOST_PROBE_BYTES = 1 << 30
@@ -93,11 +94,16 @@ def replay(bundle: Bundle, case: ProbeCase, open_graph: OpenGraph = cpu_graph) -
     if not expected or len(inputs) + len(expected) < len(golden):
         raise BundleError(f"'{case.file}' is no golden probe: it needs arrays in.NAME and out.NAME", fix=COPY_AGAIN)
     session = open_graph(bundle.path(bundle.manifest.graphs[case.graph].file))
-    actual = session.run(inputs, list(expected))
+    by = "" if case.adapter is None else f" by adapter {case.adapter}"
+    actual = session.run(inputs | _factors(bundle, case), list(expected))
     return [
-        ProbeResult(case.graph, name, difference(found, wanted), case.tolerance)
+        ProbeResult(case.graph, f"{name}{by}", difference(found, wanted), case.tolerance)
         for found, (name, wanted) in zip(actual, expected.items(), strict=True)
     ]
+
+
+def _factors(bundle: Bundle, case: ProbeCase) -> Arrays:
+    return {} if case.adapter is None else dict(read_adapter(bundle, case.adapter).get(case.graph, {}))
 
 
 def difference(actual: NDArray[Any], expected: NDArray[Any]) -> float:

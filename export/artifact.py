@@ -21,12 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edge_rsvlm.errors import InputError
+from edge_rsvlm.export.tensor_files import altered_tensors, tensor_digests
 
 WEIGHTS_NAME = "weights.safetensors"
 MANIFEST_NAME = "artifact.json"
 MAX_WEIGHTS_BYTES = 10_000_000
 TOOLS = ("torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime")
 CHUNK_BYTES = 1 << 20
+NAMES_SHOWN = 8
 
 Tensors = dict[str, torch.Tensor]
 
@@ -93,8 +95,12 @@ def find(folder: Path, wanted_hash: str) -> Artifact | None:
         if not (folder / name).is_file() or file_hash(folder / name) != entry["sha256"]
     ]
     if altered:
+        tensors = altered_tensors(folder, altered, found.manifest.get("tensors", {}))
+        named = (
+            f" ({', '.join(tensors[:NAMES_SHOWN])}{', ...' if len(tensors) > NAMES_SHOWN else ''})" if tensors else ""
+        )
         raise InputError(
-            f"{folder} was altered after the step '{found.manifest['stage']}' wrote it: {', '.join(altered)}",
+            f"{folder} was altered after the step '{found.manifest['stage']}' wrote it: {', '.join(altered)}{named}",
             fix="remove that folder and run the export again",
         )
     return found
@@ -120,20 +126,33 @@ def _publish(
     _sweep(folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     temporary.chmod(0o755)
-    metrics = dict(make(temporary))
-    files = {
-        str(path.relative_to(temporary)): {"sha256": file_hash(path), "bytes": path.stat().st_size}
-        for path in sorted(temporary.rglob("*"))
-        if path.is_file()
-    }
-    manifest = {
-        "stage": step, "hash": digest, "config": config, "metrics": metrics, "files": files, "tools": tools(),
-    }  # fmt: skip
-    (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    try:
+        manifest = _fill(temporary, step, digest, config, make)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     temporary.replace(folder)
     return Artifact(folder, manifest)
+
+
+def _fill(
+    folder: Path, step: str, digest: str, config: dict[str, Any], make: Callable[[Path], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The step's files and then its manifest, which is returned."""
+    metrics = dict(make(folder))
+    files = {
+        str(path.relative_to(folder)): {"sha256": file_hash(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {
+        "stage": step, "hash": digest, "config": config, "metrics": metrics, "files": files, "tools": tools(),
+        "tensors": tensor_digests(folder),
+    }  # fmt: skip
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    return manifest
 
 
 def _sweep(folder: Path) -> None:

@@ -13,17 +13,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from edge_rsvlm import __version__
 from edge_rsvlm.bundle import Rules
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.export.adapters.reading import Adapter, read_adapter
 from edge_rsvlm.export.adapters.resolve import Resolution
-from edge_rsvlm.export.artifact import Artifact, build, file_hash
+from edge_rsvlm.export.artifact import Artifact, build, file_hash, tools
 from edge_rsvlm.export.checkpoint import Checkpoint, LazyTensor, has_weights
-from edge_rsvlm.export.explain import explain
+from edge_rsvlm.export.explain import explain, explain_foreign, misfit
 from edge_rsvlm.export.families.base import Family, Source
 from edge_rsvlm.export.families.registry import family_of, open_source
 from edge_rsvlm.export.gates import table
 from edge_rsvlm.export.onnx_folder.reading import layout, read_onnx_folder
+from edge_rsvlm.export.precheck import check_places
 from edge_rsvlm.export.recipe import Recipe
 from edge_rsvlm.export.steps.compile_onnx import compile_onnx
 from edge_rsvlm.export.steps.make_bundle import make_bundle
@@ -52,6 +54,10 @@ class Chain:
     def family(self) -> Family:
         return family_of(self.checkpoint.config)
 
+    @property
+    def source(self) -> Source:
+        return Source(self.checkpoint.folder, self.checkpoint.config)
+
     @cached_property
     def tensors(self) -> Mapping[str, LazyTensor]:
         return self.checkpoint.weights(self.family.model_class(self.checkpoint.config))
@@ -66,8 +72,10 @@ class Chain:
 
     def run(self) -> Path:
         """Every step; returns the bundle's folder."""
+        check_places(self.recipe)
         if self.foreign:
             return self._run_foreign()
+        self._read_all()
         checked = self._checked(self.family.name)
         steps = [checked]
         weights = ModelWeights(self.checkpoint.config, self.tensors)
@@ -83,6 +91,13 @@ class Chain:
         self._verified()
         self.report("make_bundle", 1, 1)
         return self.recipe.out
+
+    def _read_all(self) -> None:
+        """Everything that was given, so that what cannot be used is told before the work starts."""
+        self.family.describe(self.source)
+        assert self.tensors is not None
+        if self.adapters:
+            assert self.resolution is not None
 
     def _run_foreign(self) -> Path:
         """Graphs that others exported: there is no model to compare them with."""
@@ -160,12 +175,16 @@ class Chain:
     def _verified(self) -> None:
         report = verify(self.recipe.out, Rules(allow_unsigned=True, allow_older=True))
         if not report.passed:
-            raise BundleError(f"the new bundle does not verify: {report}", fix="export it again")
+            problems = "; ".join(problem.message for problem in report.problems)
+            raise BundleError(f"the new bundle does not verify: {problems}", fix="remove it, and export it again")
 
     def _step(
         self, step: str, config: dict[str, Any], parents: list[Artifact], make: Callable[[Path], Mapping[str, Any]]
     ) -> Artifact:
-        done = build(self.recipe.work_folder / step, step, config, parents, make)
+        # By content: a parent that was made again, or altered together with its manifest, is another input.
+        read = [parent.manifest["files"] for parent in parents]
+        known = {**config, "read": read, "tools": {**tools(), "edge-rsvlm": __version__}}
+        done = build(self.recipe.work_folder / step, step, known, parents, make)
         self.report(step, 1, 1)
         return done
 
@@ -178,7 +197,13 @@ class Chain:
 
 def run_export(recipe: Recipe, report: Report) -> Path:
     """Export as the recipe says. BundleError when a gate fails, InputError when the checkpoint cannot be read."""
-    out = Chain(recipe, report).run()
+    try:
+        out = Chain(recipe, report).run()
+    except OSError as exc:
+        raise UsageError(
+            f"{exc.filename or recipe.work_folder}: {exc.strerror or exc}",
+            fix="make room or give access there, and run the same again: finished steps are kept",
+        ) from exc
     if recipe.work is None:
         shutil.rmtree(recipe.work_folder)
     return out
@@ -187,4 +212,10 @@ def run_export(recipe: Recipe, report: Report) -> Path:
 def explain_export(recipe: Recipe) -> str:
     """What would be done; nothing is."""
     chain = Chain(recipe, lambda *_: None)
-    return explain(recipe, chain.family, Source(chain.checkpoint.folder, chain.checkpoint.config))
+    return explain_foreign(recipe) if chain.foreign else explain(recipe, chain.family, chain.source)
+
+
+def misfit_of_export(recipe: Recipe) -> str | None:
+    """What to tell who exports a model that will not fit the device; None where it will, or nobody knows."""
+    chain = Chain(recipe, lambda *_: None)
+    return None if chain.foreign else misfit(recipe, chain.family, chain.source)

@@ -71,10 +71,22 @@ def explain(recipe: Recipe, family: Family, source: Source) -> str:
     for part in [*found, Part("in all", sum(part.parameters for part in found))]:
         sizes = "".join(f"{format_bytes(part.parameters * size):>12}" for size in BYTES_PER_PARAMETER.values())
         lines.append(f"{part.name:<20}{part.parameters:>14,}{sizes}")
-    needed, limit = memory_needed(found, tasks), int(str(profiles.load(recipe.profile)["memory_bytes"]))
-    verdict = "fits" if needed <= limit else "DOES NOT FIT"
-    lines += [
-        "",
-        f"{recipe.target} on {recipe.profile}: about {format_bytes(needed)} of {format_bytes(limit)}: {verdict}",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _verdict(recipe, memory_needed(found, tasks))[1]])
+
+
+def explain_foreign(recipe: Recipe) -> str:
+    """The plan for a folder of ONNX files, which are taken as they are."""
+    size = sum(path.stat().st_size for path in recipe.checkpoint.rglob("*.onnx*") if path.is_file())
+    return f"{recipe.checkpoint}: ONNX files of {format_bytes(size)}\nsteps: checkpoint, take_onnx, make_bundle"
+
+
+def misfit(recipe: Recipe, family: Family, source: Source) -> str | None:
+    """What to tell who exports a model that will not fit the device; None where it will."""
+    fits, sentence = _verdict(recipe, memory_needed(parts(family, source), family.describe(source).tasks))
+    return None if fits else sentence
+
+
+def _verdict(recipe: Recipe, needed: int) -> tuple[bool, str]:
+    limit = int(str(profiles.load(recipe.profile)["memory_bytes"]))
+    sizes = f"{recipe.target} on {recipe.profile}: about {format_bytes(needed)} of {format_bytes(limit)}"
+    return needed <= limit, f"{sizes}: {'fits' if needed <= limit else 'DOES NOT FIT'}"

@@ -82,14 +82,16 @@ def write(
     done = 0
     if total <= EMBEDDED_BYTES:
         for filling in fillings:
-            done += _embed(model.graph, filling, precision)
+            done += _embed(filling, precision)
             _report(progress, done, total)
+        _widen(model.graph)
         ir.save(model, path)
         return (path,)
     with data.open("wb") as file:
         for filling in fillings:
-            done += _store(model.graph, filling, precision, file, data.name)
+            done += _store(filling, precision, file, data.name)
             _report(progress, done, total)
+    _widen(model.graph)
     ir.save(model, path)
     return path, data
 
@@ -111,15 +113,15 @@ def _report(progress: Progress | None, done: int, total: int) -> None:
         progress(done, total)
 
 
-def _embed(graph: ir.Graph, filling: _Filling, precision: Precision) -> int:
+def _embed(filling: _Filling, precision: Precision) -> int:
     tensor, dtype = _open(filling, precision)
     values = np.concatenate([*_blocks(tensor, dtype)])
     stored = values.reshape(tuple(filling.value.shape or ()))
-    _set(graph, filling.value, ir.Tensor(stored, name=filling.value.name))
+    _set(filling.value, ir.Tensor(stored, name=filling.value.name))
     return int(values.nbytes)
 
 
-def _store(graph: ir.Graph, filling: _Filling, precision: Precision, file: BinaryIO, location: str) -> int:
+def _store(filling: _Filling, precision: Precision, file: BinaryIO, location: str) -> int:
     tensor, dtype = _open(filling, precision)
     file.write(bytes(-file.tell() % ALIGNMENT))
     start = file.tell()
@@ -127,16 +129,15 @@ def _store(graph: ir.Graph, filling: _Filling, precision: Precision, file: Binar
         file.write(block.data)
     length = file.tell() - start
     shape, name = ir.Shape(filling.value.shape or ()), str(filling.value.name)
-    _set(graph, filling.value, ir.ExternalTensor(location, start, length, DTYPES[dtype], shape=shape, name=name))
+    _set(filling.value, ir.ExternalTensor(location, start, length, DTYPES[dtype], shape=shape, name=name))
     return length
 
 
 def _open(filling: _Filling, precision: Precision) -> tuple[Tensor, torch.dtype]:
     """The tensor in the graph's layout and its own dtype, and the dtype to store it in."""
     tensor = filling.source.read()
-    tensor = tensor.t() if filling.weight.transposed else tensor
     half = precision == "f16" and filling.can_halve() and _fits_half(tensor)
-    return tensor, torch.float16 if half else filling.dtype
+    return tensor.t() if filling.weight.transposed else tensor, torch.float16 if half else filling.dtype
 
 
 def _fits_half(tensor: Tensor) -> bool:
@@ -152,34 +153,34 @@ def _blocks(tensor: Tensor, dtype: torch.dtype) -> Iterator[NDArray[np.generic]]
         yield rows[start : start + step].to(dtype).contiguous().flatten().numpy()
 
 
-def _set(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> None:
+def _set(value: ir.Value, tensor: ir.TensorProtocol) -> None:
     value.const_value = tensor
-    if value.dtype == ir.DataType.FLOAT and tensor.dtype == ir.DataType.FLOAT16:
+    if tensor.dtype == ir.DataType.FLOAT16:
         value.type = HALF  # a new one: clones of a graph share their types
-        _widen(graph, value)
 
 
-def _widen(graph: ir.Graph, value: ir.Value) -> None:
-    """Cast what reads a half-precision initialiser. Rows are gathered first: a table need not be widened whole."""
-    uses = list(value.uses())
-    if all(use.node.op_type == "Gather" and use.idx == 0 for use in uses):
-        for use in uses:
-            output = use.node.outputs[0]
-            name = output.name
-            output.name, output.type = f"{name}_f16", HALF
-            _cast(graph, output, name)
-    else:
-        _cast(graph, value, f"{value.name}_f32")
+def _widen(graph: ir.Graph) -> None:
+    """Cast half-precision initialisers where they are read first, so that a part of the graph widens its own only.
+
+    Rows of a table are gathered before: it need not be widened whole.
+    """
+    halves = {value for value in graph.initializers.values() if value.type == HALF}
+    for node in list(graph):
+        for value in node.inputs:
+            if value not in halves:
+                continue
+            if all(use.node.op_type == "Gather" and use.idx == 0 for use in value.uses()):
+                output = node.outputs[0]
+                name = output.name
+                output.name, output.type = f"{name}_f16", HALF
+                graph.insert_after(node, _cast(output, name))
+            else:
+                graph.insert_before(node, _cast(value, f"{value.name}_f32"))
 
 
-def _cast(graph: ir.Graph, value: ir.Value, name: str | None) -> None:
+def _cast(value: ir.Value, name: str | None) -> ir.Node:
     """Let everything that reads ``value`` read it in float32, as ``name``."""
     output = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
     ir.convenience.replace_all_uses_with(value, output, replace_graph_outputs=True)
     to = {"to": ir.AttrInt64("to", ir.DataType.FLOAT)}
-    node = ir.Node("", "Cast", [value], to, outputs=[output], name=f"{name}_cast")
-    producer = value.producer()
-    if producer is None:
-        graph.insert_before(graph[0], node)
-    else:
-        graph.insert_after(producer, node)
+    return ir.Node("", "Cast", [value], to, outputs=[output], name=f"{name}_cast")

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules.common import remove_optional_bias_from_conv_rule
 
 READ_AS_MATRIX = ("MatMul", "Gemm")
 
@@ -20,6 +22,7 @@ def simplify(model: ir.Model, weights: Mapping[str, ir.Value]) -> None:
     """
     passes = ir.passes.Sequential(
         common.InlinePass(),
+        RewritePass([remove_optional_bias_from_conv_rule]),  # onnxscript 0.7 gives Conv3d without bias one of 2 axes
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
         common.RemoveUnusedOpsetsPass(),

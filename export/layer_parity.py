@@ -63,9 +63,11 @@ def first_above(rows: list[LayerRow], tolerance: float) -> LayerRow | None:
 
 
 def _relative_error(array: NDArray[Any], reference: NDArray[Any]) -> float:
-    """inf where one of them is not finite. A layer's axes may be laid out otherwise in the graph, not its size."""
-    difference = float(np.linalg.norm(array.astype(np.float64).ravel() - reference.astype(np.float64).ravel()))
-    error = difference / max(float(np.linalg.norm(reference.astype(np.float64))), np.finfo(np.float64).tiny)
+    """inf where sizes differ or a value is not finite. Axes may be grouped otherwise in the graph."""
+    found, wanted = array.ravel().astype(np.float64), reference.ravel().astype(np.float64)
+    if found.size != wanted.size:
+        return float("inf")
+    error = float(np.linalg.norm(found - wanted)) / max(float(np.linalg.norm(wanted)), np.finfo(np.float64).tiny)
     return error if np.isfinite(error) else float("inf")
 
 

@@ -37,10 +37,11 @@ def runner(runtime: Runtime, verb: str) -> Run:
         answerer, spec = runtime.answerer(task), task.input
         return lambda n: answerer(pixels(spec, n) if spec else regions(runtime, task, n), TEXT)
     if isinstance(task, DetectTask):
-        detector = runtime.detector(task)
-        return lambda n: detector(encode(runtime.open(task.encoder), pixels(task.input, n), task.encoder_outputs))
+        detector, encoder = runtime.detector(task), runtime.open(task.encoder)
+        return lambda n: detector(encode(encoder, pixels(task.input, n), task.encoder_outputs))
     if isinstance(task, ChangeTask):
-        return lambda n: compare(runtime, task, n)
+        changes = runtime.change_detector(task)
+        return lambda n: changes(pixels(task.input, n), pixels(task.input, n))
     if isinstance(task, GenerateTask):
         generator = runtime.generator(verb, task)
         short = Sampling(temperature=0.0, max_tokens=min(ANSWER_TOKENS, task.max_tokens))
@@ -50,11 +51,6 @@ def runner(runtime: Runtime, verb: str) -> Run:
         return lambda n: detect(pixels(task.input, n))
     matcher = runtime.matcher(verb, task)
     return lambda n: (matcher.texts([TEXT]), matcher.images(pixels(task.input, n)))
-
-
-def compare(runtime: Runtime, task: ChangeTask, count: int) -> object:
-    before_NCHW, after_NCHW = pixels(task.input, count), pixels(task.input, count)
-    return runtime.change_detector(task)(before_NCHW, after_NCHW)
 
 
 def prepared(spec: InputSpec, seed: int) -> Prepared:

@@ -39,6 +39,7 @@ else:
     import tomli as tomllib
 
 Target = Literal["onnx:f32", "onnx:f16"]
+Gate = Literal["parity"]
 TARGETS: tuple[Target, ...] = ("onnx:f32", "onnx:f16")
 
 
@@ -76,7 +77,7 @@ class Recipe(Model):
     adapters: tuple[AdapterChoice, ...] = ()
     bundle: BundleFacts = BundleFacts()
     prompts: Prompts = Prompts()
-    allow: tuple[str, ...] = ()
+    allow: tuple[Gate, ...] = ()
     """Gates whose failure does not stop the export; recorded in the bundle."""
 
     @property

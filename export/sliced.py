@@ -80,7 +80,7 @@ def _cut(
         slices.append(
             _Slice(
                 group,
-                sorted(reads[index] & initializers.keys()),
+                sorted((reads[index] & initializers.keys()) - inputs),  # an input has a default where it is both
                 sorted(reads[index] & available),
                 [name for name in makes[index] if name in later],
             )

@@ -28,10 +28,11 @@ from edge_rsvlm.export.tracing import Traced
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FOLDER = "adapters"
+FILE = "adapter-{name}.npz"
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 PRODUCTS = ("MatMul", "Gemm")
 FACTORS = ("lora_A", "lora_B")
+VERBS = ("caption", "ask", "ground")
 
 
 @dataclass(frozen=True)
@@ -141,15 +142,22 @@ def _add_factors(graph: ir.Graph, node: ir.Node, a: ir.Value, b: ir.Value) -> No
 
 
 def write_adapters(
-    adapters: Sequence[KeptAdapter], graphs: Mapping[str, Collection[str]], bundle: Path, precision: Precision
+    adapters: Sequence[KeptAdapter],
+    graphs: Mapping[str, Collection[str]],
+    bundle: Path,
+    precision: Precision,
+    verbs: Collection[str],
 ) -> dict[str, dict[str, Any]]:
-    """A file for each adapter below ``bundle``, and the manifest's ``adapters``.
+    """A file for each adapter in ``bundle``, and the manifest's ``adapters``.
 
-    ``graphs`` are the weights that each graph has inputs for (``Switchable.weights``). UsageError for an adapter that
-    changes nothing in any of them.
+    ``graphs`` are the weights that each graph has inputs for (``Switchable.weights``), ``verbs`` what the bundle
+    answers. UsageError where no verb takes an adapter, and for one that changes nothing in any graph.
     """
-    if adapters:
-        (bundle / FOLDER).mkdir(exist_ok=True)
+    if adapters and not set(VERBS) & set(verbs):
+        raise UsageError(
+            f"only {', '.join(VERBS)} take an adapter, and this model does none of them",
+            fix="merge the adapters (keep = false)",
+        )
     return {adapter.name: _write(adapter, graphs, bundle, precision) for adapter in adapters}
 
 
@@ -167,11 +175,10 @@ def _write(
             f"the adapter '{adapter.name}' changes nothing that this bundle computes",
             fix="leave it out, or check what it was trained on",
         )
-    file = f"{FOLDER}/{adapter.name}.npz"
+    file = FILE.format(name=adapter.name)
     # savez stores names as members of a zip; mypy takes them for its own keywords.
     np.savez(bundle / file, **arrays)  # type: ignore[arg-type]
-    used = sorted({name.partition("/")[0] for name in arrays})
-    return {"file": file, "graphs": used, "parameters": sum(values.size for values in arrays.values())}
+    return {"file": file, "parameters": sum(values.size for values in arrays.values())}
 
 
 def _pair(adapter: KeptAdapter, weight: str) -> tuple[Tensor, Tensor]:

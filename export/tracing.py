@@ -211,11 +211,13 @@ def _module_names(module: nn.Module, model: nn.Module) -> dict[str, str]:
 
 
 def _layer_outputs(graph: ir.Graph, modules: Mapping[str, str]) -> dict[str, str]:
-    """The last value that a module makes and something outside of it reads. A module that runs twice counts last."""
+    """The last tensor that a module makes and something outside of it reads. A module that runs twice counts last."""
     outputs: dict[str, str] = {}
     scopes = {node: _scopes(node) for node in graph}
     for node in graph:
         value = node.outputs[0]
+        if value.dtype != ir.DataType.FLOAT:
+            continue  # arithmetic with sizes
         readers = [scopes.get(use.node, frozenset()) for use in value.uses()]
         # Blocks come after what is inside of them, as they finish later.
         for scope in sorted(scopes[node], key=len, reverse=True):

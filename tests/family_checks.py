@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is in the export extra")
-pytest.importorskip("transformers", reason="transformers is in the export extra")
+torch = pytest.importorskip("torch", reason="needs torch: not installed")
+pytest.importorskip("transformers", reason="needs transformers: not installed")
 
 import onnxruntime  # noqa: E402
 from transformers import AutoConfig  # noqa: E402

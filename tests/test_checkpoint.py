@@ -11,8 +11,8 @@ import pytest
 
 from edge_rsvlm.errors import InputError
 
-torch = pytest.importorskip("torch", reason="the export extra is not installed")
-pytest.importorskip("transformers", reason="the export extra is not installed")
+torch = pytest.importorskip("torch", reason="needs torch: not installed")
+pytest.importorskip("transformers", reason="needs transformers: not installed")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 

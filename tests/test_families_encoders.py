@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is in the export extra")
-transformers = pytest.importorskip("transformers", reason="transformers is in the export extra")
+torch = pytest.importorskip("torch", reason="needs torch: not installed")
+transformers = pytest.importorskip("transformers", reason="needs transformers: not installed")
 
 from PIL import Image  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
@@ -143,7 +143,7 @@ def test_masked_texts_of_a_batch_equal_single_ones(checkpoints):
 @pytest.mark.parametrize("name", OWLS)
 def test_owl_scores_and_boxes_equal_transformers(checkpoints, name, layout):
     if name == "owlv2":
-        pytest.importorskip("scipy", reason="transformers resizes for OWLv2 with scipy")
+        pytest.importorskip("scipy", reason="needs scipy: not installed")
     loaded = load(checkpoints(name, layout))
     description, tasks = check_description(loaded)
     image, text = scene(), "a photo of a ship"
@@ -250,7 +250,7 @@ def test_tokenizer_json_gives_the_same_ids(checkpoints, name, layout):
 
 
 def test_siglip_texts_with_a_character_map(tmp_path):
-    spm = pytest.importorskip("sentencepiece", reason="SigLIP's tokenizer is a sentencepiece model")
+    spm = pytest.importorskip("sentencepiece", reason="needs sentencepiece: not installed")
     (tmp_path / "corpus.txt").write_text("\n".join(tiny.CORPUS))
     spm.SentencePieceTrainer.train(
         input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=100, pad_id=0, eos_id=1,
@@ -331,9 +331,10 @@ def made_processor(folder, kind, settings, nested):
 @pytest.mark.parametrize("nested", [False, True], ids=["preprocessor_config", "processor_config"])
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_steps_make_the_pixels_of_the_processor(tmp_path, kind, nested):
-    prepare = pytest.importorskip("edge_rsvlm.tiles.prepare").prepare
+    from edge_rsvlm.tiles.prepare import prepare
+
     if kind == "Owlv2ImageProcessor":
-        pytest.importorskip("scipy", reason="transformers resizes for OWLv2 with scipy")
+        pytest.importorskip("scipy", reason="needs scipy: not installed")
     processor = made_processor(tmp_path, kind, PROCESSORS[kind], nested)
     spec = InputSpec.model_validate(image_processors.input_spec(processor))
     for height, width in ((90, 140), (201, 77), (64, 64), (50, 40)):

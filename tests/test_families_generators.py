@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the export extra is not installed")
-transformers = pytest.importorskip("transformers", reason="the export extra is not installed")
-pytest.importorskip("onnxscript", reason="the export extra is not installed")
-pytest.importorskip("sentencepiece", reason="Llama's tokenizer is a sentencepiece model")
+torch = pytest.importorskip("torch", reason="needs torch: not installed")
+transformers = pytest.importorskip("transformers", reason="needs transformers: not installed")
+pytest.importorskip("onnxscript", reason="needs onnxscript: not installed")
+pytest.importorskip("sentencepiece", reason="needs sentencepiece: not installed")
 
 from PIL import Image  # noqa: E402
 
@@ -84,7 +84,7 @@ class TorchSession:
 
 class OnnxSession:
     def __init__(self, plan, model, file):
-        ort = pytest.importorskip("onnxruntime")
+        ort = pytest.importorskip("onnxruntime", reason="needs onnxruntime: not installed")
         module = plan.wrap(model).eval()
         free = torch.export.Dim.DYNAMIC
         shapes = [{k: free for k, size in enumerate(spec.shape) if isinstance(size, str)} for spec in plan.inputs]

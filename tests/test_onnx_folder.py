@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the export extra is not installed")
-transformers = pytest.importorskip("transformers", reason="the export extra is not installed")
-onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
-pytest.importorskip("onnxscript", reason="the export extra is not installed")
+torch = pytest.importorskip("torch", reason="needs torch: not installed")
+transformers = pytest.importorskip("transformers", reason="needs transformers: not installed")
+onnx = pytest.importorskip("onnx", reason="needs onnx: not installed")
+pytest.importorskip("onnxscript", reason="needs onnxscript: not installed")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from PIL import Image  # noqa: E402

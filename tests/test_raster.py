@@ -17,6 +17,8 @@ from edge_rsvlm.raster.align import open_aligned
 from edge_rsvlm.raster.inputs import list_inputs
 from edge_rsvlm.raster.plan import TileGrid, choose_scale, super_tiles
 from edge_rsvlm.raster.reader import open_raster
+from edge_rsvlm.tiles import tile_gather
+from edge_rsvlm.tiles.reference import REACH_PX
 from edge_rsvlm.types import Window
 from tests.scenes import UTM, write
 
@@ -61,6 +63,21 @@ def test_super_tiles_hold_every_tile_once_with_its_halo(block_hw, limit):
         for x0, y0, x1, y1 in map(grid.box, part.tiles):
             assert w.col <= max(x0 - 1.5, 0) and w.col + w.width >= min(x1 + 1.5, 1000)
             assert w.row <= max(y0 - 1.2, 0) and w.row + w.height >= min(y1 + 1.2, 700)
+
+
+@pytest.mark.parametrize("resampling", ["bilinear", "bicubic", "lanczos3"])
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+def test_a_tile_is_the_same_whatever_window_it_was_cut_from(resampling, scale):
+    image_HWC = np.random.default_rng(0).integers(0, 256, (150, 210, 1), dtype=np.uint8)
+    grid = TileGrid(210, 150, (scale, scale), 32, 8, REACH_PX[resampling])
+    how = {"out_hw": (32, 32), "bands": (0,), "gain": (1.0,), "bias": (0.0,), "resampling": resampling}
+    for part in super_tiles(grid, (64, 64), 1):
+        w = part.window
+        boxes = np.array([grid.box(i) for i in part.tiles])
+        seen = image_HWC[w.row : w.row + w.height, w.col : w.col + w.width]
+        cut = tile_gather(seen, boxes, origin=(w.col, w.row), raster_size=(210, 150), **how)
+        whole = tile_gather(image_HWC, boxes, **how)
+        np.testing.assert_array_equal(cut.tiles_NCHW, whole.tiles_NCHW)
 
 
 def test_scale_is_in_ground_metres_per_axis():

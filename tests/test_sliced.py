@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the export extra is not installed")
-pytest.importorskip("transformers", reason="the export extra is not installed")
+torch = pytest.importorskip("torch", reason="needs torch: not installed")
+pytest.importorskip("transformers", reason="needs transformers: not installed")
 
 import onnxruntime  # noqa: E402
 from onnx import TensorProto, helper  # noqa: E402

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the export extra is not installed")
-pytest.importorskip("transformers", reason="the export extra is not installed")
+torch = pytest.importorskip("torch", reason="needs torch: not installed")
+pytest.importorskip("transformers", reason="needs transformers: not installed")
 
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
@@ -115,9 +115,13 @@ def test_filled_graph_equals_torch(traces, name, graph, precision, embedded, tmp
 def test_half_precision_is_stored_and_not_computed(traces, tmp_path):
     for precision in ("f32", "f16"):
         write(traces.traced["llava", "decoder"], traces.weights("llava"), tmp_path / precision, precision)
-    stored = {tensor.name: tensor.data_type for tensor in onnx.load(tmp_path / "f16").graph.initializer}
+    graph = onnx.load(tmp_path / "f16").graph
+    stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
     assert stored["lm_head.weight"] == onnx.TensorProto.FLOAT16
     assert stored["model.language_model.norm.weight"] == onnx.TensorProto.FLOAT
+    widened = [index for index, node in enumerate(graph.node) if node.op_type == "Cast" and node.input[0] in stored]
+    assert len(widened) > 10
+    assert all(graph.node[i].output[0] in graph.node[i + 1].input for i in widened)  # where it is read, not all at once
     assert (tmp_path / "f16").stat().st_size < 0.75 * (tmp_path / "f32").stat().st_size
 
 
@@ -239,6 +243,25 @@ def test_a_dynamic_size_that_the_model_fixes(traces):
     model_class, model = traces.models["llava"]
     with pytest.raises(UsageError, match=r"input_ids.*size.*\[1\]"):
         trace(model_class, model.config, replace(traces.plans["llava"]["embed"], wrap=Narrow))
+
+
+class Film(nn.Module):
+    """A 3-D convolution without bias."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.proj = model.model.visual.patch_embed.proj
+
+    def forward(self, film):
+        return self.proj(film).flatten(1)
+
+
+def test_convolution_over_time(traces, tmp_path):
+    model_class, model = traces.models["qwen2_vl"]
+    plan = GraphPlan("film", Film, (GraphInput("film", ("batch", 3, 2, 8, 8)),), ("features",), {"batch": 3})
+    traced = trace(model_class, model.config, plan)
+    write(traced, traces.weights("qwen2_vl"), tmp_path / "x", "f32")
+    assert_equal(tmp_path / "x", plan, model, 1e-5)
 
 
 class Pixels(nn.Module):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is in the export extra")
-transformers = pytest.importorskip("transformers", reason="transformers is in the export extra")
+torch = pytest.importorskip("torch", reason="needs torch: not installed")
+transformers = pytest.importorskip("transformers", reason="needs transformers: not installed")
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers  # noqa: E402
 from torch import nn  # noqa: E402
@@ -63,7 +63,7 @@ def byte_pairs(folder: Path) -> tuple[Path, Path]:
 
 def sentence_pieces(folder: Path) -> Path:
     """SigLIP's ``spiece.model``."""
-    spm = pytest.importorskip("sentencepiece", reason="SigLIP's tokenizer is a sentencepiece model")
+    spm = pytest.importorskip("sentencepiece", reason="needs sentencepiece: not installed")
     corpus = folder / "corpus.txt"
     corpus.write_text("\n".join(CORPUS))
     spm.SentencePieceTrainer.train(

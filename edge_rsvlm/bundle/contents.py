@@ -16,7 +16,16 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from edge_rsvlm.bundle.external_data import NotOnnx, external_data
 from edge_rsvlm.bundle.pickles import find_pickle
-from edge_rsvlm.config.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Graph, Manifest, ProbeCase, Tokenizer
+from edge_rsvlm.config.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Adapter,
+    FileEntry,
+    Graph,
+    Manifest,
+    ProbeCase,
+    Tokenizer,
+)
 from edge_rsvlm.config.model import mistakes, printable
 from edge_rsvlm.errors import BundleError, EdgeRsvlmError
 
@@ -30,7 +39,7 @@ BLOCK_BYTES = 1 << 20
 COPY_AGAIN = "copy the bundle again from where it was made"
 DO_NOT_USE = "do not use this bundle"
 _GRAPH_FIELDS = ("graph", "encoder", "head", "project", "embed", "decoder")
-_WITH_FILE = (Graph, Tokenizer, ProbeCase)
+_WITH_FILE = (Adapter, Graph, Tokenizer, ProbeCase)
 
 Files = Mapping[str, FileEntry]
 
@@ -135,24 +144,25 @@ def listed_files(data: Any) -> Files | None:
 
 
 def reference_problems(manifest: Manifest) -> Iterator[Problem]:
-    """Graphs and files that the manifest speaks of but does not list."""
+    """Graphs, adapters and files that the manifest speaks of but does not list."""
     for graph in manifest.graphs.values():
         if not graph.file.endswith(GRAPH_SUFFIX):
             yield Problem("manifest", f"a graph is in '{printable(graph.file)}'", f"name it *{GRAPH_SUFFIX}")
+    listed = {"graph": manifest.graphs, "adapter": manifest.adapters, "file": manifest.files}
     for kind, name in _references(manifest):
-        if name not in (manifest.graphs if kind == "graph" else manifest.files):
-            yield Problem(
-                "manifest", f"the manifest refers to a {kind} '{printable(name)}' that it does not list", COPY_AGAIN
-            )
+        if name not in listed[kind]:
+            what = f"{'an' if kind == 'adapter' else 'a'} {kind} '{printable(name)}'"
+            yield Problem("manifest", f"the manifest refers to {what} that it does not list", COPY_AGAIN)
 
 
 def _references(value: Any) -> Iterator[tuple[str, str]]:
-    """("graph" or "file", name) of every reference below ``value``."""
+    """("graph", "adapter" or "file", name) of every reference below ``value``."""
     if isinstance(value, BaseModel):
         for field, below in value:
             is_file = (field == "file" and isinstance(value, _WITH_FILE)) or field == "answers"
-            if isinstance(below, str) and (is_file or field in _GRAPH_FIELDS):
-                yield ("file" if is_file else "graph"), below
+            kind = "file" if is_file else "adapter" if field == "adapter" else "graph"
+            if isinstance(below, str) and (kind != "graph" or field in _GRAPH_FIELDS):
+                yield kind, below
             yield from _references(below)
     elif isinstance(value, Mapping):
         for below in value.values():

@@ -9,6 +9,7 @@ import click
 from edge_rsvlm.cli.common import (
     ExitCode,
     Outputs,
+    adapter_option,
     json_option,
     make_limits,
     make_sampling,
@@ -23,11 +24,12 @@ from edge_rsvlm.cli.common import (
 @click.argument("question")
 @click.option("--output", type=click.Path(path_type=Path), help="GeoJSON file of tiles, or a folder for many inputs.")
 @sampling_options
+@adapter_option
 @run_options
 @json_option
 def command(
     images: tuple[str, ...], question: str, output: Path | None, as_json: bool, bundle: Path | None,
-    allow_unsigned: bool, **options: Any,
+    allow_unsigned: bool, adapter: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Answer a QUESTION about images. IMAGES are files, folders, globs or .tar archives of images.
 
@@ -39,7 +41,7 @@ def command(
     from edge_rsvlm.raster.inputs import list_inputs
 
     sampling = make_sampling(options)
-    session = open_session(bundle, allow_unsigned, make_limits(**options), ("ask",))
+    session = open_session(bundle, allow_unsigned, make_limits(**options), ("ask",), adapter)
     code, sources = ExitCode(), list_inputs(images)
     outputs = Outputs(output, len(sources), ".geojson")
     delivery = Delivery(session, code, sys.stdout if as_json else None)

@@ -78,6 +78,7 @@ bundle_options = _decorate(_BUNDLE)
 plan_options = _decorate([*_BUNDLE, *_LIMITS])
 run_options = _decorate([*_BUNDLE, *_LIMITS, *_RUN])
 sampling_options = _decorate(_SAMPLING)
+adapter_option = click.option("--adapter", metavar="NAME", help="Answer by this adapter of the bundle.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document per input on stdout.")
 
 
@@ -127,13 +128,15 @@ def split_labels(text: str) -> tuple[str, ...]:
     return labels
 
 
-def open_session(bundle: Path | None, allow_unsigned: bool, limits: Limits, tasks: tuple[str, ...]) -> Session:
-    """A session whose bundle does all of ``tasks``; UsageError says what it can do instead."""
+def open_session(
+    bundle: Path | None, allow_unsigned: bool, limits: Limits, tasks: tuple[str, ...], adapter: str | None = None
+) -> Session:
+    """A session whose bundle does all of ``tasks`` and has ``adapter``; UsageError says what it has instead."""
     from edge_rsvlm.bundle import load_bundle
     from edge_rsvlm.pipeline.session import Session
 
     loaded = load_bundle(bundle, allow_unsigned=allow_unsigned, allow_older=allow_older())
-    session = Session(loaded, limits, started=process_start())
+    session = Session(loaded, limits, started=process_start(), adapter=adapter)
     session.require(*tasks)
     return session
 

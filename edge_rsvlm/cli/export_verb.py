@@ -16,14 +16,16 @@ def command() -> None:
 @command.command("run")
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder of a Hugging Face checkpoint.")
-@click.option("--adapter", type=click.Path(path_type=Path), multiple=True, help="Folder of a PEFT LoRA; repeatable.")
+@click.option("--adapter", multiple=True, metavar="DIR[=WEIGHT]", help="Folder of a PEFT LoRA; may be repeated.")
 @click.option("--target", type=click.Choice(["onnx:f32", "onnx:f16"]), help="What to compile to.  [default: onnx:f32]")
 @click.option("--profile", help="Device that it must fit.  [default: host]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the new bundle.")
-@click.option("--allow", multiple=True, metavar="GATE", help="Go on though this gate fails; the bundle records it.")
+@click.option(
+    "--allow", type=click.Choice(["parity"]), multiple=True, help="Go on though this gate fails; the bundle records it."
+)
 @click.option("--explain", "explained", is_flag=True, help="Print the plan and the sizes, and do nothing.")
 def run(
-    recipe: Path | None, checkpoint: Path | None, adapter: tuple[Path, ...], target: str | None, profile: str | None,
+    recipe: Path | None, checkpoint: Path | None, adapter: tuple[str, ...], target: str | None, profile: str | None,
     out: Path | None, allow: tuple[str, ...], explained: bool,
 ) -> None:  # fmt: skip
     """Check, merge, compile and prove a checkpoint, and write it as a bundle.
@@ -34,12 +36,14 @@ def run(
     chain = _chain()
     given: dict[str, Any] = {
         "checkpoint": checkpoint, "target": target, "profile": profile, "out": out, "allow": allow,
-        "adapters": [{"path": path} for path in adapter],
+        "adapters": [_adapter(text) for text in adapter],
     }  # fmt: skip
     wanted = _recipe(recipe, {key: value for key, value in given.items() if value})
     if explained:
         click.echo(chain.explain_export(wanted))
         return
+    if misfit := chain.misfit_of_export(wanted):
+        click.echo(f"warning: {misfit}; it is exported all the same", err=True)
     with _step_bars() as report:
         folder = chain.run_export(wanted, report)
     click.echo(str(folder))
@@ -52,7 +56,18 @@ def _chain() -> Any:
         from edge_rsvlm.export import chain
     except ModuleNotFoundError as missing:
         raise UsageError(f"export needs '{missing.name}', which is not installed", fix=NEEDS) from missing
+    from transformers.utils import logging
+
+    # Bars of its own, and warnings about texts that nobody feeds to the model.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     return chain
+
+
+def _adapter(text: str) -> dict[str, Any]:
+    """``DIR`` or ``DIR=WEIGHT``; a folder that is there is taken by its whole name."""
+    path, _, weight = text.rpartition("=")
+    return {"path": path, "weight": weight} if path and not Path(text).exists() else {"path": text}
 
 
 def _recipe(path: Path | None, given: dict[str, Any]) -> Any:

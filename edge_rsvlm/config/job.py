@@ -25,19 +25,14 @@ deadline = "30s"
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from edge_rsvlm.config.model import Model, parse
+from edge_rsvlm.config.model import Model
+from edge_rsvlm.config.toml import load_toml
 from edge_rsvlm.errors import UsageError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 class DetectOptions(Model):
@@ -85,13 +80,7 @@ class Job(Model):
 
 def load_job(path: Path) -> Job:
     """Read and check a job; UsageError names the wrong key or line. Paths stay as written."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise UsageError(f"cannot read {path}: {exc.strerror}", fix="name an existing job file") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise UsageError(f"{path} is not TOML: {exc}", fix="correct that line") from exc
-    job = parse(Job, data, f"job {path}", UsageError)
+    job = load_toml(Job, path, "job")
     if bool(job.tasks) != bool(job.inputs) or not (job.tasks or job.change):
         raise UsageError(f"job {path} has nothing to do", fix="give tasks with inputs, or [[change]] pairs")
     for task, needed in (("ask", "question"), ("ground", "phrase"), ("classify", "labels")):

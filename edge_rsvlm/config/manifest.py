@@ -209,6 +209,9 @@ class GenerateTask(Model):
     """mrope: three rows of positions, an image's tokens by row and column (Wang et al. 2024, "Qwen2-VL")."""
     cache: KeyValueCache
     eos_ids: tuple[int, ...] = Field(min_length=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Logits of tokens that the prompt or the answer holds are divided by it where positive, else multiplied
+    (Keskar et al. 2019, "CTRL", section 4.1)."""
     max_tokens: int = Field(gt=0)
     beams: int = Field(gt=0)
     length_penalty: float
@@ -266,6 +269,18 @@ class Tasks(Model):
     search: MatchTask | None = None
 
 
+class Adapter(Model):
+    """A LoRA (Hu et al. 2021) that was not merged, and is chosen when the bundle is used.
+
+    ``file`` is an ``.npz`` of float arrays ``GRAPH/INPUT``: A [in, rank] and B [rank, out] for every layer that then
+    gives y + (x A) B. A graph gives what the base model gives where these inputs are not fed.
+    """
+
+    file: str
+    parameters: int = Field(gt=0)
+    """Numbers in the file, 4 bytes each in memory."""
+
+
 class Accuracy(Model):
     """One measured score, with its bootstrap 95 % interval and the command that measured it."""
 
@@ -283,6 +298,8 @@ class ProbeCase(Model):
 
     graph: str
     file: str
+    adapter: str | None = None
+    """Whose factors are fed beside them."""
     tolerance: float = Field(gt=0)
     """Greatest absolute difference, as a share of the greatest absolute value of that output."""
 
@@ -309,6 +326,8 @@ class Manifest(Model):
     precision: str
     graphs: dict[str, Graph]
     tasks: Tasks
+    adapters: dict[str, Adapter] = Field(default_factory=dict)
+    """By the name that the user gives; one at a time."""
     accuracy: tuple[Accuracy, ...] = ()
     probe: tuple[ProbeCase, ...]
     steps: tuple[StepRecord, ...] = ()

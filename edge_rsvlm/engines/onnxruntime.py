@@ -22,6 +22,8 @@ try:
 except ImportError as missing:
     raise UsageError("onnxruntime is not installed", fix="pip install onnxruntime") from missing
 
+__all__ = ["VERSION", "OnnxRuntimeEngine", "ort"]
+
 VERSION: str = ort.__version__
 _SAME_AS_REQUESTED = 1  # arena_extend_strategy: grow by what is needed, not by powers of two
 

@@ -24,6 +24,7 @@ from edge_rsvlm.config.manifest import (
     TextEncoder,
 )
 from edge_rsvlm.errors import BundleError, UsageError
+from edge_rsvlm.pipeline.adapters import Factors, read_adapter
 from edge_rsvlm.pipeline.outcome import Deadline, Progress
 from edge_rsvlm.tasks.answer import Answerer
 from edge_rsvlm.tasks.change import ChangeDetector
@@ -58,16 +59,20 @@ class Pace:
 class RoleSession:
     """A session spoken to in roles, which the manifest maps to the graph's own names.
 
-    Inputs that the graph does not list are not fed. ``caches`` keep their names.
+    Inputs that the graph does not list are not fed. ``caches`` keep their names. ``factors``, which may change from
+    run to run, are fed as they are.
     """
 
-    def __init__(self, session: InferenceSession, graph: Graph, caches: frozenset[str]) -> None:
+    def __init__(
+        self, session: InferenceSession, graph: Graph, caches: frozenset[str], factors: Factors | None = None
+    ) -> None:
         self._session, self._outputs = session, graph.outputs
+        self._factors: Factors = {} if factors is None else factors
         self._inputs = graph.inputs | {name: name for name in caches}
 
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
         fed = {self._inputs[role]: value for role, value in inputs.items() if role in self._inputs}
-        return self._session.run(fed, [self._outputs.get(role, role) for role in outputs])
+        return self._session.run(fed | self._factors, [self._outputs.get(role, role) for role in outputs])
 
 
 class Runtime:
@@ -76,10 +81,21 @@ class Runtime:
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle, self._engine = bundle, engine
         self._made: dict[Hashable, Any] = {}
+        self._factors: dict[str, Factors] = {graph: {} for graph in bundle.manifest.graphs}
 
     @property
     def manifest(self) -> Manifest:
         return self.bundle.manifest
+
+    def switch(self, adapter: str | None) -> None:
+        """Answer by this adapter of the bundle from now on (None: as the base model), also where sessions are open.
+
+        UsageError for one that the bundle does not have.
+        """
+        found = {} if adapter is None else read_adapter(self.bundle, adapter)
+        for graph, factors in self._factors.items():
+            factors.clear()
+            factors.update(found.get(graph, {}))
 
     def open(self, graph: str) -> InferenceSession:
         """The session of a graph that the manifest names."""
@@ -89,7 +105,8 @@ class Runtime:
 
     def _open(self, name: str) -> InferenceSession:
         graph = self.manifest.graphs[name]
-        return RoleSession(self._engine.open(self.bundle.path(graph.file)), graph, _caches(self.manifest.tasks, name))
+        session, caches = self._engine.open(self.bundle.path(graph.file)), _caches(self.manifest.tasks, name)
+        return RoleSession(session, graph, caches, self._factors[name])
 
     def _once(self, key: Hashable, make: Callable[[], T]) -> T:
         if key not in self._made:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from edge_rsvlm.budget import Demand, MemoryPlan, plan_memory, process_bytes
 from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.manifest import AnswerTask, Tasks
 from edge_rsvlm.errors import InputError
+from edge_rsvlm.pipeline.adapters import adapter_bytes, adapter_of
 from edge_rsvlm.pipeline.ask import AskOutcome, ask, ask_features, read_features
 from edge_rsvlm.pipeline.caption import CaptionOutcome, caption
 from edge_rsvlm.pipeline.change import ChangeOutcome, MaskRows, change
@@ -56,16 +57,21 @@ class Limits:
 
 @dataclass
 class Session:
-    """Runs tasks over inputs, one after another, within ``limits``."""
+    """Runs tasks over inputs, one after another, within ``limits``; with an ``adapter`` of the bundle, by that."""
 
     bundle: Bundle
     limits: Limits
     engine_factory: EngineFactory = cpu_engine
+    adapter: str | None = None
     started: float = field(default_factory=time.monotonic)
     _runtime: Runtime | None = None
     _base_bytes: int = field(default_factory=process_bytes)
     _opened: dict[str, int] = field(default_factory=dict)
     """Bytes of the sessions that other inputs left open, by task."""
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None:
+            adapter_of(self.bundle.manifest, self.adapter)
 
     @property
     def tasks(self) -> Tasks:
@@ -83,6 +89,7 @@ class Session:
             others = plan.total_bytes - plan.engine_bytes
             arena = max(self.limits.memory_bytes - others, plan.engine_bytes)
             self._runtime = Runtime(self.bundle, self.engine_factory(self.limits.threads, arena))
+            self._runtime.switch(self.adapter)
         self._opened[needs.task] = needs.memory.session_bytes
         deadline = Deadline(self.limits.deadline_s, started=self.started)
         try:
@@ -93,6 +100,7 @@ class Session:
     def admit(self, needs: Demand) -> MemoryPlan:
         """The plan for one task beside those whose sessions are open; BudgetError when it does not fit."""
         opened = sum(size for verb, size in self._opened.items() if verb != needs.task)
+        needs = replace(needs, adapter_bytes=adapter_bytes(self.bundle.manifest, self.adapter))
         return plan_memory([needs], limit_bytes=self.limits.memory_bytes, base_bytes=self._base_bytes + opened)
 
     def demand(self, verb: str, raster: Raster, sampling: Sampling | None = None) -> tuple[View, Demand]:

@@ -22,6 +22,7 @@ from edge_rsvlm.pipeline.runtime import Pace
 from edge_rsvlm.pipeline.scaling import scalings
 from edge_rsvlm.raster.plan import TileGrid, super_tiles
 from edge_rsvlm.raster.reader import Raster
+from edge_rsvlm.tiles.reference import REACH_PX
 from edge_rsvlm.types import Pixels, Window
 
 BATCHES_AHEAD = 2
@@ -121,7 +122,8 @@ class View:
             scale = (width / self.spec.tile_px, height / self.spec.tile_px)
             return TileGrid(width, height, scale, self.spec.tile_px, 0)
         scale_x, scale_y = np.array(self.scale_xy) / self.to_raster_xy
-        return TileGrid(width, height, (float(scale_x), float(scale_y)), self.spec.tile_px, self.spec.overlap_px)
+        spec, scale = self.spec, (float(scale_x), float(scale_y))
+        return TileGrid(width, height, scale, spec.tile_px, spec.overlap_px, REACH_PX[spec.resampling])
 
 
 def tile_batches(view: View, *, batch: int, read_pixels: int, threads: int, outcome: Outcome) -> Iterator[TileBatch]:

@@ -30,6 +30,12 @@ class TileGrid:
     scale_xy: tuple[float, float]
     tile_px: int
     overlap_px: int
+    filter_px: int = 1
+    """How far the resampling filter reaches at scale 1."""
+
+    def halo(self, axis: int) -> int:
+        """Pixels beyond a tile that its antialiased filter reaches."""
+        return math.ceil(self.filter_px * max(self.scale_xy[axis], 1.0))
 
     @cached_property
     def _starts(self) -> tuple[list[float], list[float]]:
@@ -107,8 +113,8 @@ def _group_shape(grid: TileGrid, block_hw: tuple[int, int], max_pixels: int) -> 
 
     def pixels(n_columns: int, n_rows: int) -> float:
         spans = [
-            ((n - 1) * (grid.tile_px - grid.overlap_px) + grid.tile_px) * scale + 2 * _halo(scale)
-            for n, scale in zip((n_columns, n_rows), grid.scale_xy, strict=True)
+            ((n - 1) * (grid.tile_px - grid.overlap_px) + grid.tile_px) * grid.scale_xy[axis] + 2 * grid.halo(axis)
+            for axis, n in enumerate((n_columns, n_rows))
         ]
         return min(spans[0], grid.width) * min(spans[1], grid.height)
 
@@ -123,14 +129,9 @@ def _group_shape(grid: TileGrid, block_hw: tuple[int, int], max_pixels: int) -> 
             return n_columns, n_rows
 
 
-def _halo(scale: float) -> int:
-    """Pixels beyond a tile that its antialiased filter reaches: half its support, rounded up."""
-    return math.ceil(max(scale, 1.0))
-
-
 def _window(grid: TileGrid, tiles: Sequence[int]) -> Window:
     boxes = [grid.box(i) for i in (tiles[0], tiles[-1])]
-    halo_x, halo_y = (_halo(scale) for scale in grid.scale_xy)
+    halo_x, halo_y = grid.halo(0), grid.halo(1)
     col0 = max(math.floor(boxes[0][0]) - halo_x, 0)
     row0 = max(math.floor(boxes[0][1]) - halo_y, 0)
     col1 = min(math.ceil(boxes[1][2]) + halo_x, grid.width)

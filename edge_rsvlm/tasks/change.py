@@ -21,7 +21,8 @@ class ChangeDetector:
         if not self._spec.mirrored:
             return seen
         in_mirror = self._compare(_mirrored(before_NCHW), _mirrored(after_NCHW))
-        return (seen + _mirrored(in_mirror)) / 2
+        mean: NDArray[np.float32] = (seen + _mirrored(in_mirror)) / np.float32(2)
+        return mean
 
     def _compare(self, before_NCHW: NDArray[np.float32], after_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         outputs = self._spec.encoder_outputs

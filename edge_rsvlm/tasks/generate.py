@@ -20,7 +20,7 @@ from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.tasks.decoder import Decoder
 from edge_rsvlm.tasks.encode import Features, encode
 from edge_rsvlm.tasks.prompt import REMAKE, Layout, grid, mrope_positions, sequence_positions, write_image
-from edge_rsvlm.tasks.search import Advance, Sampling, Stop, Tokens, beam_search, greedy, sample
+from edge_rsvlm.tasks.search import Advance, RepetitionPenalty, Sampling, Stop, Tokens, beam_search, greedy, sample
 from edge_rsvlm.tasks.text import check_text, load_tokenizer
 from edge_rsvlm.types import InferenceSession
 
@@ -121,7 +121,8 @@ class Generator:
         self, visual_NTD: NDArray[np.float32], layout: Layout, text: str, sampling: Sampling | None
     ) -> list[Tokens]:
         stop = self._stop(sampling)
-        embeds_NSD, visual_S = self._read(visual_NTD, self._ids(self._prompt(layout, text)))
+        ids_S = self._ids(self._prompt(layout, text))
+        embeds_NSD, visual_S = self._read(visual_NTD, ids_S)
         if self._spec.positions == "mrope":
             positions = mrope_positions(visual_S, grid(self._spec.visual, layout.tile_hw))
         else:
@@ -131,7 +132,11 @@ class Generator:
         def advance(tokens_M: Tokens, rows_M: Tokens) -> NDArray[np.float32]:
             return decoder.go_on(self._embed(tokens_M[:, None]), rows_M)
 
-        return self._search(decoder.read(embeds_NSD, positions), advance, stop, sampling)
+        logits_NV = decoder.read(embeds_NSD, positions)
+        if self._spec.repetition_penalty == 1:
+            return self._search(logits_NV, advance, stop, sampling)
+        penalty = RepetitionPenalty(self._spec.repetition_penalty, ids_S, advance)
+        return self._search(penalty.first(logits_NV), penalty.advance, stop, sampling)
 
     def _stop(self, sampling: Sampling | None) -> Stop:
         limit = self._spec.max_tokens

@@ -51,6 +51,31 @@ class Sampling:
             raise UsageError(f"{self.max_tokens} tokens are no answer", fix="ask for at least 1")
 
 
+class RepetitionPenalty:
+    """Makes tokens that were read or written less likely; see the manifest's GenerateTask."""
+
+    def __init__(self, penalty: float, read_S: Tokens, advance: Advance) -> None:
+        self._penalty, self._read_S, self._advance = penalty, read_S, advance
+        self._seen_NV = np.zeros((0, 0), bool)
+
+    def first(self, logits_NV: Logits) -> Logits:
+        """The logits after the prompt ``read_S``, which all sequences share."""
+        self._seen_NV = np.zeros(logits_NV.shape, bool)
+        self._seen_NV[:, self._read_S[self._read_S < logits_NV.shape[1]]] = True
+        return self._penalised(logits_NV)
+
+    def advance(self, tokens_M: Tokens, rows_M: Tokens) -> Logits:
+        self._seen_NV = self._seen_NV[rows_M]
+        self._seen_NV[np.arange(len(tokens_M)), tokens_M] = True
+        return self._penalised(self._advance(tokens_M, rows_M))
+
+    def _penalised(self, logits_NV: Logits) -> Logits:
+        penalty = np.float32(self._penalty)
+        less_NV = np.where(logits_NV < 0, logits_NV * penalty, logits_NV / penalty)
+        penalised: Logits = np.where(self._seen_NV, less_NV, logits_NV)
+        return penalised
+
+
 def greedy(logits_NV: Logits, advance: Advance, stop: Stop) -> list[Tokens]:
     """The likeliest token at every step."""
     return _token_by_token(logits_NV, advance, stop, lambda logits: logits.argmax(axis=1))

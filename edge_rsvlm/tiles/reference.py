@@ -40,6 +40,8 @@ def lanczos3(x: Floats) -> Floats:
 
 KERNELS = {"bilinear": triangle, "bicubic": cubic, "lanczos3": lanczos3}
 """By distance from the centre, in source pixels times min(1, 1 / scale)."""
+REACH_PX = {"nearest": 1, "bilinear": 1, "bicubic": 2, "lanczos3": 3}
+"""Where each of them ends, in those pixels."""
 
 
 def gaussian_weights(centre: Floats, scale: float, source: NDArray[np.int64], raster_size: int) -> Floats:

@@ -19,7 +19,7 @@ from edge_rsvlm.export.default.model.encoder import STEM_BANDS, STRIDES
 from edge_rsvlm.export.default.stages import caption
 
 NAME, VERSION = "edge-rsvlm-default", 1
-LICENCE = "research and non-commercial use only (terms of the training data, see MODEL_CARD.md)"
+LICENCE = "research and non-commercial use only (terms of the training data)"
 DESCRIPTION = "MobileNetV2 encoder with box, change and caption heads for aerial and satellite images"
 TRAINING_DATA = (
     "ImageNet MobileNetV2 weights (Apache-2.0)",
@@ -31,6 +31,8 @@ TRAINING_DATA = (
 COLOUR = tuple("none" if band == "nir" else band for band in STEM_BANDS)
 """Boxes and captions were learnt without near infrared."""
 FLOAT_RANGE = S2_RANGE / 10_000  # reflectance
+WHOLE_PX = 512
+"""Images of unknown ground resolution up to this long side have one caption."""
 THRESHOLDS_NAME = "thresholds.json"
 
 
@@ -98,7 +100,7 @@ def task_specs(decoder: DecoderConfig, cuts: Thresholds) -> dict[str, Any]:
             "mirrored": True, "min_area_m2": 200.0, "min_area_px": 4,
         },
         "caption": {
-            "kind": "generate", "input": input_spec(256, 0, (0.3, 15.0), whole_px=512), "encoder": "encoder",
+            "kind": "generate", "input": input_spec(256, 0, (0.3, 15.0), whole_px=WHOLE_PX), "encoder": "encoder",
             "encoder_outputs": ["c5"], "project": "caption_prefix", "embed": "caption_embed",
             "decoder": "caption_decoder",
             "tokenizer": {"file": caption.TOKENIZER_NAME, "add_special_tokens": False},

@@ -56,7 +56,12 @@ def items(losses: Losses, samples: Sequence[Sample], written: Sequence[tuple[Sam
             "[losses.logits] compares next tokens of answers, and there are none",
             fix="add [losses.captions] or [losses.labels], with weight = 0 to use their words only",
         )
-    found = [Item(answered(sample, text.answer), "captions", text.whole) for sample, text in written]
+    said = [(sample, text) for sample, text in written if text.answer or text.whole]
+    if written and not said:
+        raise UsageError(
+            "the teacher found no words", fix="check the teacher, or give [losses.captions] more max_tokens"
+        )
+    found = [Item(answered(sample, text.answer), "captions", text.whole) for sample, text in said]
     if losses.labels is not None:
         if any(s.answer is None and s.box_xywh is None for s in samples):
             raise UsageError(

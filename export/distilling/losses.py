@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from edge_rsvlm.errors import UsageError
+
 Kind = Literal["cosine", "mse"]
 
 
@@ -49,6 +51,13 @@ def feature_map(student_width: int, teacher_width: int, device: torch.device) ->
     if student_width == teacher_width:
         return nn.Identity()
     return nn.Linear(student_width, teacher_width, bias=False).to(device)
+
+
+def add_gradients(loss: Tensor) -> None:
+    """``backward``; raises UsageError where nothing that is learnt took part in the loss."""
+    if not loss.requires_grad:
+        raise UsageError("no loss depends on the parameters of 'train'", fix="add parts of the model, or losses")
+    loss.backward()
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.families import chat
 from edge_rsvlm.export.families.base import Arrays, GraphInput, GraphPlan, Source
 from edge_rsvlm.export.families.causal_decoder import TextModel
-from edge_rsvlm.export.families.generation import GenerativeFamily, eos_ids, greedy
+from edge_rsvlm.export.families.generation import GenerativeFamily, greedy
 from edge_rsvlm.export.families.image_processors import load_image_processor
 from edge_rsvlm.export.families.tokenizers import load_tokenizer
 
@@ -75,10 +75,9 @@ class Blip2(GenerativeFamily):
     def caption_prompt(self, prompt: chat.Prompt) -> str:
         return ""  # BOS alone, from which the text model was trained to go on with a caption
 
-    def eos_ids(self, source: Source, tokenizer: Any) -> tuple[int, ...]:
+    def generation_config(self, source: Source) -> GenerationConfig:
         # The text model generates by its own config, whatever the whole one's says.
-        text = source.config.text_config
-        return eos_ids(GenerationConfig.from_model_config(text), text, tokenizer)
+        return GenerationConfig.from_model_config(source.config.text_config)
 
     def inputs(self, source: Source, image: Image.Image, text: str) -> Mapping[str, Tensor]:
         tokenizer = load_tokenizer(source.folder, source.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,14 @@ from edge_rsvlm.export.families.tokenizers import FILE, load_tokenizer, tokenize
 CAPTION = "Describe this image in one sentence."
 MAX_TOKENS = 128
 PARITY_TOKENS = 16
+NOT_KNOWN = (
+    "bad_words_ids", "begin_suppress_tokens", "dola_layers", "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty", "exponential_decay_length_penalty", "forced_eos_token_id", "guidance_scale",
+    "min_length", "min_new_tokens", "no_repeat_ngram_size", "penalty_alpha", "sequence_bias", "stop_strings",
+    "suppress_tokens", "watermarking_config",
+)  # fmt: skip
+"""Settings of generation_config.json that change greedy answers, and that no task of a manifest has."""
+NEUTRAL = (None, 0, 1.0, [], ())
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,14 @@ class GenerativeFamily(Family):
     def caption_prompt(self, prompt: chat.Prompt) -> str:
         return prompt.text.replace(chat.TEXT, CAPTION)
 
+    def generation_config(self, source: Source) -> GenerationConfig:
+        """What transformers generates by."""
+        if (source.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+        return GenerationConfig.from_model_config(source.config)
+
     def eos_ids(self, source: Source, tokenizer: Any) -> tuple[int, ...]:
-        return eos_ids(_generation_config(source), source.config.text_config, tokenizer)
+        return eos_ids(self.generation_config(source), source.config.text_config, tokenizer)
 
     def graphs(self, source: Source) -> tuple[GraphPlan, ...]:
         decoder = decoder_plan(source.config.text_config, self.text_model, mrope=self.mrope)
@@ -106,6 +121,7 @@ class GenerativeFamily(Family):
             "positions": "mrope" if self.mrope else "sequence",
             "cache": cache_of(source.config.text_config),
             "eos_ids": self.eos_ids(source, tokenizer),
+            "repetition_penalty": repetition_penalty(self.generation_config(source), source.folder),
             "max_tokens": MAX_TOKENS,
             "beams": 1,
             "length_penalty": 1.0,
@@ -134,17 +150,25 @@ def eos_ids(generation: GenerationConfig, text_config: PretrainedConfig, tokeniz
     )
 
 
+def repetition_penalty(generation: GenerationConfig, folder: Path) -> float:
+    """UsageError names a setting that changes which token is the likeliest, and which the runtime does not know."""
+    for name in NOT_KNOWN:
+        if getattr(generation, name, None) not in NEUTRAL:
+            raise UsageError(
+                f"{folder}: generation_config.json sets '{name}', which bundles cannot do",
+                fix="remove it there, and expect other answers than transformers gives with it",
+            )
+    return float(generation.repetition_penalty or 1.0)
+
+
 def greedy(model: nn.Module, inputs: Mapping[str, Tensor]) -> Arrays:
-    """``tokens`` (at most 16, the end included) and ``logits`` [V] of the first, no sampling or penalty applied."""
+    """``tokens`` (at most 16, the end included), and ``logits`` [V] of the first before a penalty is applied."""
     with torch.no_grad():
         answer = model.generate(
             **inputs,
             max_new_tokens=PARITY_TOKENS,
-            min_new_tokens=0,
             do_sample=False,
             num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
             return_dict_in_generate=True,
             output_logits=True,
         )
@@ -164,12 +188,6 @@ def question(source: Source, tokenizer: Any, token: str, text: str, otherwise: s
     if template is None:
         return otherwise.replace(chat.IMAGE, token).replace(chat.TEXT, text)
     return chat.render_turn(source.folder, tokenizer, template, token, text)
-
-
-def _generation_config(source: Source) -> GenerationConfig:
-    if (source.folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(source.folder, local_files_only=True)
-    return GenerationConfig.from_model_config(source.config)
 
 
 def roles(plan: GraphPlan) -> dict[str, dict[str, str]]:

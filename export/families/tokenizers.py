@@ -23,6 +23,8 @@ UNIGRAM = 1
 CONTROL, USER_DEFINED = 3, 4
 UNLIMITED = 1_000_000  # transformers writes 1e30 where a tokenizer has no limit of its own
 
+ADD_FILES = "add the tokenizer files that the model was published with"
+
 PROBES = (
     "a photo of a cat",
     "Two airplanes are parked beside Terminal 3.",
@@ -44,12 +46,22 @@ PROBES = (
 def load_tokenizer(folder: Path, config: PretrainedConfig | None = None) -> Any:
     """The checkpoint's tokenizer."""
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as exc:
         raise UsageError(
             f"{folder}: no tokenizer could be read ({(str(exc).splitlines() or [type(exc).__name__])[0]})",
-            fix="add the tokenizer files that the model was published with",
+            fix=ADD_FILES,
         ) from exc
+    _check_files(folder, found)
+    return found
+
+
+def _check_files(folder: Path, tokenizer: Any) -> None:
+    """Some classes make up an empty vocabulary where its files are absent."""
+    names = [name for key, name in tokenizer.vocab_files_names.items() if key != "tokenizer_file"]
+    absent = [name for name in names if not (folder / name).is_file()]
+    if not (folder / FILE).is_file() and (absent or not names):
+        raise UsageError(f"{folder} has neither {FILE} nor {', '.join(absent)}", fix=ADD_FILES)
 
 
 def tokenizer_json(tokenizer: Any) -> bytes:

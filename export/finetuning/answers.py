@@ -6,6 +6,7 @@ Letters: A tokens of an answer, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from edge_rsvlm.export.checkpoint import Checkpoint
 from edge_rsvlm.export.families.base import Family
 from edge_rsvlm.export.finetuning.loop import Process
-from edge_rsvlm.export.finetuning.samples import Encoded, Encoder, Sample
+from edge_rsvlm.export.finetuning.samples import Encoded, Sample
 
 
 def load_model(checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -64,11 +65,11 @@ class AnswerLoss:
     Samples go through the model one by one, so that images of any size and number of tiles make a batch.
     """
 
-    def __init__(self, model: Any, encoder: Encoder, process: Process) -> None:
+    def __init__(self, model: Any, encoder: Callable[[Any], Encoded], process: Process) -> None:
         self._model, self._encoder, self._process = model, encoder, process
         self._base = model.get_base_model()
 
-    def __call__(self, share: list[Sample]) -> Tensor:
+    def __call__(self, share: Sequence[Sample]) -> Tensor:
         device = self._process.device
         batch = [self._encoder(sample) for sample in share]
         tokens = self._process.total(torch.tensor(float(sum(e.answer_tokens for e in batch)), device=device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -88,7 +88,7 @@ class Loop:
         self._step, self._used_s, self._losses = 0, 0.0, list[list[float]]()
         self._resume()
 
-    def run(self, samples: list[S], gradients: Gradients[S], progress: Progress) -> list[list[float]]:
+    def run(self, samples: Sequence[S], gradients: Gradients[S], progress: Progress) -> list[list[float]]:
         """The losses, step by step."""
         before_s, begun = self._used_s, time.monotonic()
         saved = begun
@@ -112,7 +112,7 @@ class Loop:
         )
         return float(self._process.total(share))
 
-    def _share(self, samples: list[S]) -> list[S]:
+    def _share(self, samples: Sequence[S]) -> list[S]:
         """This process's part of the step's batch; every epoch has an order of its own, which the seed fixes."""
         first = self._step * self._recipe.batch
         places = range(first + self._process.rank, first + self._recipe.batch, self._process.count)

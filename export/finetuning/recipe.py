@@ -3,6 +3,7 @@
 version = 1
 checkpoint = "geochat-7b"        # folder of a Hugging Face checkpoint, relative to this file
 data = "harbours/train.jsonl"    # see finetuning/samples.py
+images = "harbours/train.tar"    # or a folder; left out: beside the data
 out = "harbour-lora"             # the adapter's folder, which an export takes
 minutes = 30                     # or: steps = 400
 rank = 16
@@ -57,6 +58,8 @@ class TrainingRecipe(Model):
 class FinetuneRecipe(TrainingRecipe):
     version: Literal[1] = 1
     checkpoint: Path
+    images: Path | None = None
+    """Folder or ``.tar`` of the data's images; default: the folder of the data."""
     rank: int = Field(default=16, gt=0)
     alpha: int = Field(default=32, gt=0)
     targets: str | tuple[str, ...] = ALL_LINEAR
@@ -70,7 +73,8 @@ class FinetuneRecipe(TrainingRecipe):
 def load_finetune_recipe(path: Path) -> FinetuneRecipe:
     """Read and check a recipe; its paths are relative to it. UsageError names the wrong key or line."""
     recipe = parse(FinetuneRecipe, {"version": 0, **read_toml(path)}, f"recipe {path}", UsageError)
-    placed = {name: path.parent / getattr(recipe, name) for name in ("checkpoint", "data", "out")}
+    given = {name: getattr(recipe, name) for name in ("checkpoint", "data", "images", "out")}
+    placed = {name: path.parent / value for name, value in given.items() if value is not None}
     return recipe.model_copy(update=placed)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,15 @@ from torch import nn
 
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.artifact import file_hash, tools
-from edge_rsvlm.export.checkpoint import Checkpoint, open_checkpoint
+from edge_rsvlm.export.default.family import Default
+from edge_rsvlm.export.default.finetune import TARGETS, CaptionEncoder, viewed
 from edge_rsvlm.export.families.base import Source
 from edge_rsvlm.export.families.generation import GenerativeFamily
-from edge_rsvlm.export.families.registry import family_of
+from edge_rsvlm.export.families.registry import family_of, open_source
 from edge_rsvlm.export.finetuning.answers import AnswerLoss, load_model, quick_dtype
 from edge_rsvlm.export.finetuning.loop import Loop, Progress, silent, this_process
 from edge_rsvlm.export.finetuning.recipe import ALL_LINEAR, FinetuneRecipe
-from edge_rsvlm.export.finetuning.samples import Encoder, read_samples
+from edge_rsvlm.export.finetuning.samples import Encoded, Encoder, Sample, read_samples
 
 LOG_NAME = "training.json"
 
@@ -37,18 +40,24 @@ def finetune(recipe: FinetuneRecipe, progress: Progress | None = None) -> Path:
     Raises UsageError for a recipe or a checkpoint that cannot be trained, InputError for wrong data.
     """
     recipe.check()
-    checkpoint = open_checkpoint(recipe.checkpoint)
+    checkpoint = open_source(recipe.checkpoint)
     family = family_of(checkpoint.config)
-    if not isinstance(family, GenerativeFamily):
+    if not isinstance(family, (GenerativeFamily, Default)):
         raise UsageError(f"models of the family '{family.name}' do not write text", fix="name a generative checkpoint")
-    samples = read_samples(recipe.data)
+    samples = read_samples(recipe.data, recipe.images)
     process = this_process()
     try:
-        encoder = Encoder(Source(recipe.checkpoint, checkpoint.config), family)
-        model = _model(recipe, family, checkpoint, process.device)
+        base = load_model(checkpoint, family, process.device, quick_dtype(process.device))
+        if isinstance(family, Default):
+            cache = recipe.work_folder / f"{recipe.digest()[:12]}-{process.rank}.f16"
+            lesson = _Lesson(CaptionEncoder(recipe.checkpoint, base, samples, cache), viewed(samples), TARGETS)
+        else:
+            encoder = Encoder(Source(recipe.checkpoint, checkpoint.config), family)
+            lesson = _Lesson(encoder, samples, _text_linears(base, family))
+        model = _with_lora(recipe, base, lesson.linears)
         learnt = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         loop = Loop(recipe, recipe.digest(), learnt, process)
-        losses = loop.run(samples, AnswerLoss(model, encoder, process), progress or silent)
+        losses = loop.run(lesson.samples, AnswerLoss(model, lesson.encoder, process), progress or silent)
         if process.rank == 0:
             _save(recipe, model, {"samples": len(samples), "losses": [loss for (loss,) in losses]})
         return recipe.out
@@ -56,11 +65,19 @@ def finetune(recipe: FinetuneRecipe, progress: Progress | None = None) -> Path:
         process.close()
 
 
-def _model(recipe: FinetuneRecipe, family: GenerativeFamily, checkpoint: Checkpoint, device: torch.device) -> nn.Module:
-    """The frozen checkpoint, on a GPU in bfloat16, with LoRA in float32."""
-    base = load_model(checkpoint, family, device, quick_dtype(device))
+@dataclass(frozen=True)
+class _Lesson:
+    """What is learnt: ``encoder`` makes tensors of ``samples``; ``linears`` names the linear layers that write text."""
+
+    encoder: Callable[[Any], Encoded]
+    samples: Sequence[Sample]
+    linears: str
+
+
+def _with_lora(recipe: FinetuneRecipe, base: nn.Module, linears: str) -> nn.Module:
+    """The frozen model with LoRA in float32."""
     torch.manual_seed(recipe.seed)
-    targets = _text_linears(base, family) if recipe.targets == ALL_LINEAR else recipe.targets
+    targets = linears if recipe.targets == ALL_LINEAR else recipe.targets
     names = targets if isinstance(targets, str) else list(targets)
     try:
         config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=names)

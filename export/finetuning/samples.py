@@ -1,8 +1,9 @@
 """Samples of a fine-tuning: lines of a JSONL file, and the tensors they become.
 
-A line is {"image", "caption"}, or {"image", "question", "answer"} (an answer without a question is a caption), or
-{"image", "phrase", "box": [x, y, width, height]}: images relative to the file, boxes in pixels of the image. Prompts
-are written from the words of the manifest that the device will use, so training and inference cannot differ.
+A line is {"image", "caption"} or {"image", "captions": [...]}, or {"image", "question", "answer"} (an answer without a
+question is a caption), or {"image", "phrase", "box": [x, y, width, height]}; boxes are in pixels of the image. What
+else such a line says is not looked at. Prompts are written from the words of the manifest that the device will use, so
+training and inference cannot differ.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from edge_rsvlm.export.families.base import Source
 from edge_rsvlm.export.families.generation import GenerativeFamily
 from edge_rsvlm.export.families.image_processors import load_image_processor
 from edge_rsvlm.export.families.tokenizers import FILE
+from edge_rsvlm.export.finetuning.images import is_image, open_file
 from edge_rsvlm.tasks.prompt import Layout, write_image
 
 EIGHT_BIT = ("RGB", "RGBA", "L", "P")
@@ -34,6 +36,7 @@ EIGHT_BIT = ("RGB", "RGBA", "L", "P")
 class Line(Model):
     image: str
     caption: str | None = None
+    captions: tuple[str, ...] | None = Field(default=None, min_length=1)
     question: str | None = None
     answer: str | None = None
     phrase: str | None = None
@@ -52,38 +55,60 @@ class Sample:
     box_xywh: tuple[float, float, float, float] | None
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """Raises InputError that names the line which is wrong or whose image is missing."""
+LEARNT = frozenset({"caption", "captions", "question", "answer", "phrase", "box"})
+
+
+def read_samples(path: Path, images: Path | None = None) -> list[Sample]:
+    """``images`` is the folder or ``.tar`` that holds them; None: names are relative to the file.
+
+    Raises InputError that names the line which is wrong or whose image is missing.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
         raise InputError(f"cannot read {path}: {exc}", fix="name a JSONL file") from exc
-    samples = [_sample(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not samples:
+    known = [
+        sample
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+        for sample in _samples(f"{path}:{number}", line, images or path.parent)
+    ]
+    if not known:
         raise InputError(f"{path} has no samples", fix='add lines such as {"image": "a.png", "caption": "A harbour."}')
-    return samples
+    return known
 
 
-def _sample(path: Path, number: int, text: str) -> Sample:
-    where = f"{path}:{number}"
-    try:
-        line = parse(Line, json.loads(text), where, InputError)
-    except json.JSONDecodeError as exc:
-        raise InputError(f"{where} is not JSON: {exc}", fix="write one JSON object per line") from exc
-    image = path.parent / line.image
-    if not image.is_file():
-        raise InputError(f"{where}: no file {image}", fix="give image paths relative to the JSONL file")
-    given = {name for name in ("caption", "question", "answer", "phrase", "box") if getattr(line, name) is not None}
+def _samples(where: str, text: str, images: Path) -> list[Sample]:
+    line = _line(where, text)
+    image = images / line.image
+    if not is_image(image):
+        raise InputError(
+            f"{where}: no file {image}", fix='name images as they are in "images", or beside the JSONL file'
+        )
+    given = {name for name in LEARNT if getattr(line, name) is not None}
+    if given == {"captions"}:
+        return [Sample(where, image, "caption", "", caption, None) for caption in line.captions or ()]
     if given in ({"caption"}, {"answer"}):
-        return Sample(where, image, "caption", "", line.caption or line.answer, None)
+        return [Sample(where, image, "caption", "", line.caption or line.answer, None)]
     if given == {"question", "answer"}:
-        return Sample(where, image, "ask", str(line.question), line.answer, None)
+        return [Sample(where, image, "ask", str(line.question), line.answer, None)]
     if given == {"phrase", "box"}:
-        return Sample(where, image, "ground", str(line.phrase), None, line.box)
+        return [Sample(where, image, "ground", str(line.phrase), None, line.box)]
     raise InputError(
         f"{where} has {', '.join(sorted(given)) or 'nothing to learn'}",
         fix="give a caption, or a question and its answer, or a phrase and its box",
     )
+
+
+def _line(where: str, text: str) -> Line:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as exc:
+        raise InputError(f"{where} is not JSON: {exc}", fix="write one JSON object per line") from exc
+    if isinstance(found, dict) and LEARNT & found.keys():
+        # Data sets tell more of an image than is learnt here; a key that is meant and misspelt leaves nothing to learn.
+        found = {key: value for key, value in found.items() if key in Line.model_fields}
+    return parse(Line, found, where, InputError)
 
 
 @dataclass(frozen=True)
@@ -124,7 +149,7 @@ class Encoder:
 
         Raises InputError for an image that cannot be read, and for boxes in a family that cannot write them.
         """
-        task, image = self._task(sample), _open(sample)
+        task, image = self._task(sample), open_image(sample)
         pixels, layout = self._pixels(image)
         answer = sample.answer if sample.answer is not None else _box_text(task["boxes"], sample, image, layout)
         return self._encoded(task, *self._ids(self._prompt(task, sample, layout), answer, task), pixels)
@@ -132,7 +157,7 @@ class Encoder:
     def answering(self, sample: Sample, answer_ids: Sequence[int]) -> Encoded:
         """The prompt and these tokens, none to let a model go on; raises InputError as above."""
         task = self._task(sample)
-        pixels, layout = self._pixels(_open(sample))
+        pixels, layout = self._pixels(open_image(sample))
         prompt = self._prompt(task, sample, layout)
         prompt_ids = self._tokenizer.encode(prompt, add_special_tokens=task["tokenizer"]["add_special_tokens"]).ids
         return self._encoded(task, prompt_ids, answer_ids, pixels)
@@ -196,9 +221,9 @@ class Encoder:
         return found, Layout(tiles, rows, cols, (values.shape[-2], values.shape[-1]))
 
 
-def _open(sample: Sample) -> Image.Image:
+def open_image(sample: Sample) -> Image.Image:
     try:
-        with Image.open(sample.image) as file:
+        with open_file(sample.image) as stream, Image.open(stream) as file:
             if file.mode not in EIGHT_BIT:
                 raise InputError(
                     f"{sample.where}: {sample.image} has pixels of mode {file.mode}", fix="convert it to 8-bit RGB"

@@ -15,7 +15,7 @@ from edge_rsvlm.export.recipe import Recipe
 from edge_rsvlm.export.steps.merge_lora import ModelWeights
 from edge_rsvlm.export.tracing import trace
 
-BUNDLE, LAYERS = "bundle", "layers.json"
+BUNDLE, LAYERS, WEIGHTS = "bundle", "layers.json", "weights.json"
 PRECISIONS: dict[str, Precision] = {"f32": "f32", "f16": "f16"}
 TILE_BYTES = 256 << 20
 UNKNOWN_LICENCE = "unknown: ask who made the checkpoint"
@@ -25,20 +25,24 @@ GraphProgress = Callable[[str, int, int], None]
 def compile_onnx(
     family: Family, source: Source, weights: ModelWeights, recipe: Recipe, folder: Path, progress: GraphProgress
 ) -> dict[str, Any]:
-    """Fill ``folder`` with ``bundle/`` (not measured, not proven) and ``layers.json`` (what parity names)."""
+    """Fill ``folder`` with ``bundle/`` (not measured, not proven), and with what parity needs: where in the graphs
+    layers end (``layers.json``), and which weights they hold, transposed or not (``weights.json``)."""
     target = folder / BUNDLE
     target.mkdir()
     layers: dict[str, dict[str, str]] = {}
+    stored: dict[str, dict[str, bool]] = {}
     model_class = family.model_class(weights.config)
     for plan in family.graphs(source):
         traced = trace(model_class, weights.config, plan)
         layers[plan.name] = dict(traced.layers)
+        stored[plan.name] = {name: weight.transposed for name, weight in traced.weights.items()}
 
         def report(done: int, total: int, name: str = plan.name) -> None:
             progress(name, done, total)
 
         write(traced, weights.tensors, target / f"{plan.name}.onnx", PRECISIONS[recipe.precision], report)
     (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n")
+    (folder / WEIGHTS).write_text(json.dumps(stored, indent=1) + "\n")
     description = family.describe(source)
     for name, content in description.files.items():
         (target / name).write_bytes(content)

@@ -19,7 +19,7 @@ from edge_rsvlm.export.bundle_writer import (
     write_manifest,
 )
 from edge_rsvlm.export.steps.compile_onnx import BUNDLE
-from edge_rsvlm.export.steps.parity import PROBES
+from edge_rsvlm.export.steps.parity import FAILED, PROBES
 from edge_rsvlm.profiles import available_memory
 
 SHARE_OF_MEMORY = 0.6
@@ -40,7 +40,7 @@ def make_bundle(
                 place(path, folder / path.name)
         golden = sorted((proven.folder / PROBES).iterdir())
         fields["probe"] = [_probe(path, folder) for path in golden]
-        fields["steps"] = [step_record(step, allow if step is proven else ()) for step in steps]
+        fields["steps"] = [step_record(step, allow if step.metrics.get(FAILED) else ()) for step in steps]
         write_manifest(folder, fields)
         for verb, task in fields["tasks"].items():
             if task is not None and task["memory"]["session_bytes"] < SHARE_OF_MEMORY * available_memory():

@@ -9,30 +9,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from edge_rsvlm.bundle import Bundle, load_bundle
 from edge_rsvlm.export.adapters.resolve import Updates
 from edge_rsvlm.export.adapters.unmerged import Unmerged
+from edge_rsvlm.export.adapters.updates import merge
 from edge_rsvlm.export.checkpoint import Checkpoint, LazyTensor
 from edge_rsvlm.export.families.base import Arrays, Family, GraphPlan, Source
 from edge_rsvlm.export.gates import GATES, Check, divergence_check, tensor_checks
 from edge_rsvlm.export.layer_parity import compare_layers, first_above
 from edge_rsvlm.export.probe import graph_inputs, probe_image
 from edge_rsvlm.export.sliced import run_sliced
-from edge_rsvlm.export.steps.compile_onnx import GraphProgress
+from edge_rsvlm.export.steps.compile_onnx import BUNDLE, LAYERS, WEIGHTS, GraphProgress
 from edge_rsvlm.export.steps.end_to_end import end_to_end
 from edge_rsvlm.export.streaming import streamed_model
+from edge_rsvlm.export.weight_parity import compare_weights
 from edge_rsvlm.profiles import available_memory
 
-PROBES = "probes"
+PROBES, FAILED = "probes", "failed checks"
 WORST_LAYERS = 5
 SHARE_OF_MEMORY = 0.25
 """A model is compared whole when it takes no more than this of what the machine can give."""
@@ -55,7 +57,7 @@ class Parity:
         """Compare one graph, and keep what it computes here of these inputs: the device is to compute the same."""
         inputs = graph_inputs(plan.name, plan.inputs, self._bundle, self._image, self._made)
         expected = _outputs(plan, model, inputs)
-        path = self._bundle.path(self._bundle.manifest.graphs[plan.name].file)
+        path = self._path(plan.name)
         found = dict(run_sliced(path, inputs, plan.outputs))
         checks = [check for name in plan.outputs for check in self._compare(plan, name, found[name], expected[name])]
         if not all(check.passed for check in checks):
@@ -77,6 +79,22 @@ class Parity:
             checks.append(divergence_check(output, found[0, -1], expected[0, -1], self._gate))
         return checks
 
+    def weights(self, graph: str, transposed: Mapping[str, bool], merged: Callable[[str], Tensor]) -> None:
+        """Compare the weights that a graph holds with those it should, and name the ones that are off."""
+        errors = compare_weights(self._path(graph), transposed, merged)
+        self.checks.append(
+            Check(f"{graph}.weights", "relative error", max(errors.values(), default=0), self._gate.error)
+        )
+        wrong = sorted(
+            (name for name in errors if not errors[name] <= self._gate.error), key=lambda name: -errors[name]
+        )
+        if wrong:
+            lines = [f"not the checkpoint's: {name}, error {errors[name]:.3g}" for name in wrong[:WORST_LAYERS]]
+            self.worst[graph] = [*self.worst.get(graph, []), *lines]
+
+    def _path(self, graph: str) -> Path:
+        return self._bundle.path(self._bundle.manifest.graphs[graph].file)
+
     def _name_layers(self, plan: GraphPlan, model: nn.Module, path: Path, inputs: Arrays) -> None:
         rows = compare_layers(path, self._layers[plan.name], model, plan, inputs)
         first = first_above(rows, self._gate.error)
@@ -96,10 +114,15 @@ def parity(
 ) -> tuple[dict[str, Any], Parity]:
     """Fill ``folder`` with golden probes; the metrics hold every check by name."""
     source = Source(checkpoint.folder, checkpoint.config)
-    bundle = load_bundle(compiled / "bundle", allow_unsigned=True, allow_older=True)
-    layers = json.loads((compiled / "layers.json").read_text())
+    bundle = load_bundle(compiled / BUNDLE, allow_unsigned=True, allow_older=True)
+    layers, stored = (json.loads((compiled / name).read_text()) for name in (LAYERS, WEIGHTS))
     compared = Parity(family, source, bundle, layers)
     model_class = family.model_class(checkpoint.config)
+
+    def merged(name: str) -> Tensor:
+        tensor, changes = tensors[name].read(), updates.get(name, ())
+        return merge(tensor, changes, torch.float32) if changes else tensor
+
     (folder / PROBES).mkdir()
     plans = family.graphs(source)
     for index, plan in enumerate(plans):
@@ -108,6 +131,7 @@ def parity(
         model = streamed_model(model_class, checkpoint.config, tensors)
         with Unmerged(model, updates):
             compared.graph(plan, model, folder / PROBES)
+        compared.weights(plan.name, stored[plan.name], merged)
     size = sum(math.prod(tensor.shape) * torch.float32.itemsize for tensor in tensors.values())
     whole = size <= SHARE_OF_MEMORY * available_memory()
     if whole:
@@ -116,6 +140,7 @@ def parity(
         with Unmerged(published, updates) as model:
             compared.whole(model)
     metrics = {check.name: check.value for check in compared.checks}
+    metrics[FAILED] = sum(not check.passed for check in compared.checks)
     return metrics | {"compared whole": "yes" if whole else "no, it is too large for this machine"}, compared
 
 

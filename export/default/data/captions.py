@@ -95,7 +95,7 @@ def _compute(encoder: Encoder, scenes: SceneSet, views: int, done: int, store: n
         pairs = [(i, v) for i in range(start, end) for v in range(views)]
         for k in range(0, len(pairs), BATCH):
             chosen = pairs[k : k + BATCH]
-            tiles = torch.from_numpy(np.stack([_view(scenes, i, v) for i, v in chosen])).to(where)
+            tiles = torch.from_numpy(np.stack([caption_view(scenes, i, v) for i, v in chosen])).to(where)
             with torch.autocast(where.type, torch.bfloat16):
                 c5 = encoder(tiles.contiguous(memory_format=torch.channels_last))["c5"]
             for (i, v), feature in zip(chosen, c5.float().cpu().numpy(), strict=True):
@@ -103,7 +103,8 @@ def _compute(encoder: Encoder, scenes: SceneSet, views: int, done: int, store: n
         yield end
 
 
-def _view(scenes: SceneSet, i: int, v: int) -> npt.NDArray[np.float32]:
+def caption_view(scenes: SceneSet, i: int, v: int) -> npt.NDArray[np.float32]:
+    """Tile [5, 256, 256] of an image in view ``v``, which is always the same; view 0 is the image as it is."""
     if v == 0:
         return scenes.tile(i)
     rng = np.random.default_rng([i, v])

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_rsvlm.export.default.data.images import ImageStore, open_store
+from edge_rsvlm.export.default.data.images import open_store
 from edge_rsvlm.export.default.data.views import NO_JITTER, RGB_BANDS, U8_RANGE, Radiometry, cut, dihedral
 
 F32 = npt.NDArray[np.float32]
@@ -37,10 +38,16 @@ class Scene:
     captions: tuple[str, ...]
 
 
+class Images(Protocol):
+    """Images [H, W, 3] by name."""
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.uint8]: ...
+
+
 class SceneSet:
     """Images and records of a scene set."""
 
-    def __init__(self, scenes: list[Scene], stores: dict[str, ImageStore]):
+    def __init__(self, scenes: list[Scene], stores: Mapping[str, Images]):
         self.scenes, self.stores = scenes, stores
         self.classes = sorted({s.scene for s in scenes})
 

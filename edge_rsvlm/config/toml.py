@@ -1,0 +1,25 @@
+"""Config files in TOML."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from edge_rsvlm.config.model import M, parse
+from edge_rsvlm.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def load_toml(model: type[M], path: Path, what: str) -> M:
+    """The file as ``model``; UsageError names the wrong key or line, or that ``what`` cannot be read."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise UsageError(f"cannot read {path}: {exc.strerror}", fix=f"name an existing {what}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise UsageError(f"{path} is not TOML: {exc}", fix="correct that line") from exc
+    return parse(model, data, f"{what} {path}", UsageError)
