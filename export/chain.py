@@ -7,7 +7,7 @@ so a killed export goes on where it stopped.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from edge_rsvlm import __version__
 from edge_rsvlm.bundle import Rules
 from edge_rsvlm.errors import BundleError, UsageError
+from edge_rsvlm.export.adapters.kept import KeptAdapter, check_names, keep_apart
 from edge_rsvlm.export.adapters.reading import Adapter, read_adapter
 from edge_rsvlm.export.adapters.resolve import Resolution
 from edge_rsvlm.export.artifact import Artifact, build, file_hash, tools
@@ -27,6 +28,7 @@ from edge_rsvlm.export.gates import table
 from edge_rsvlm.export.onnx_folder.reading import layout, read_onnx_folder
 from edge_rsvlm.export.precheck import check_places
 from edge_rsvlm.export.recipe import Recipe
+from edge_rsvlm.export.skeleton import skeleton
 from edge_rsvlm.export.steps.compile_onnx import compile_onnx
 from edge_rsvlm.export.steps.make_bundle import make_bundle
 from edge_rsvlm.export.steps.merge_lora import ModelWeights, merge_lora, merged_weights, resolution
@@ -64,11 +66,19 @@ class Chain:
 
     @cached_property
     def adapters(self) -> tuple[Adapter, ...]:
-        return tuple(read_adapter(choice.path, choice.weight) for choice in self.recipe.adapters)
+        """Those that are merged."""
+        return tuple(read_adapter(choice.path, choice.weight) for choice in self.recipe.merged)
 
     @cached_property
     def resolution(self) -> Resolution:
         return resolution(self.checkpoint, self.family.model_class(self.checkpoint.config), self.adapters)
+
+    def _kept(self, weights: ModelWeights) -> tuple[KeptAdapter, ...]:
+        empty = skeleton(self.family.model_class(weights.config), weights.config)
+        return tuple(
+            keep_apart(choice.bundle_name, read_adapter(choice.path, choice.weight), empty, weights.tensors)
+            for choice in self.recipe.kept
+        )
 
     def run(self) -> Path:
         """Every step; returns the bundle's folder."""
@@ -76,6 +86,7 @@ class Chain:
         if self.foreign:
             return self._run_foreign()
         self._read_all()
+        check_names([choice.bundle_name for choice in self.recipe.kept])
         checked = self._checked(self.family.name)
         steps = [checked]
         weights = ModelWeights(self.checkpoint.config, self.tensors)
@@ -83,8 +94,9 @@ class Chain:
             merged = self._merged(checked)
             steps.append(merged)
             weights = merged_weights(self.checkpoint, self.tensors, merged.folder, merged.metrics["untied"])
-        compiled = self._compiled(steps[-1], weights)
-        proven = self._proven(checked, compiled)
+        kept = self._kept(weights)
+        compiled = self._compiled(steps[-1], weights, kept)
+        proven = self._proven(checked, compiled, kept)
         steps += [compiled, proven]
         self.report("make_bundle", 0, 1)
         make_bundle(steps, compiled, proven, self.recipe.allow, self.recipe.out)
@@ -133,7 +145,7 @@ class Chain:
         return self._step("checkpoint", config, [], make)
 
     def _merged(self, checked: Artifact) -> Artifact:
-        files = [{p.name: file_hash(p) for p in sorted(a.folder.iterdir()) if p.is_file()} for a in self.adapters]
+        files = [_hashes(adapter.folder) for adapter in self.adapters]
         config = {"files": files, "weights": [adapter.weight for adapter in self.adapters]}
 
         def make(folder: Path) -> dict[str, Any]:
@@ -141,21 +153,24 @@ class Chain:
 
         return self._step("merge_lora", config, [checked], make)
 
-    def _compiled(self, before: Artifact, weights: ModelWeights) -> Artifact:
+    def _compiled(self, before: Artifact, weights: ModelWeights, adapters: Sequence[KeptAdapter]) -> Artifact:
         source = Source(self.checkpoint.folder, weights.config)
         kept = self.recipe.model_dump(mode="json", include={"target", "bundle", "prompts"})
-        config = {**kept, "name": self.recipe.name}
+        files = {choice.bundle_name: [choice.weight, _hashes(choice.path)] for choice in self.recipe.kept}
+        config = {**kept, "name": self.recipe.name, "adapters": files}
 
         def make(folder: Path) -> dict[str, Any]:
-            return compile_onnx(self.family, source, weights, self.recipe, folder, self._named_progress("compile_onnx"))
+            return compile_onnx(
+                self.family, source, weights, self.recipe, adapters, folder, self._named_progress("compile_onnx")
+            )
 
         return self._step("compile_onnx", config, [before], make)
 
-    def _proven(self, checked: Artifact, compiled: Artifact) -> Artifact:
+    def _proven(self, checked: Artifact, compiled: Artifact, adapters: Sequence[KeptAdapter]) -> Artifact:
         def make(folder: Path) -> dict[str, Any]:
             metrics, compared = parity(
                 self.family, self.checkpoint, self.tensors,
-                self.resolution.updates if self.adapters else {}, compiled.folder, folder,
+                self.resolution.updates if self.adapters else {}, adapters, compiled.folder, folder,
                 self._named_progress(PARITY),
             )  # fmt: skip
             self._gate(compared)
@@ -193,6 +208,10 @@ class Chain:
 
     def _named_progress(self, step: str) -> Callable[[str, int, int], None]:
         return lambda name, done, total: self.report(f"{step} {name}", done, total)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def run_export(recipe: Recipe, report: Report) -> Path:

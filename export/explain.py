@@ -61,7 +61,7 @@ def memory_needed(found: list[Part], tasks: dict[str, dict[str, Any]]) -> int:
 def explain(recipe: Recipe, family: Family, source: Source) -> str:
     """The plan in words: steps, bytes of every part at each precision, and whether it fits the profile."""
     found, tasks = parts(family, source), family.describe(source).tasks
-    steps = ["checkpoint", *(["merge_lora"] if recipe.adapters else []), "compile_onnx", "parity", "make_bundle"]
+    steps = ["checkpoint", *(["merge_lora"] if recipe.merged else []), "compile_onnx", "parity", "make_bundle"]
     lines = [
         f"{recipe.checkpoint}: {source.config.model_type} ({family.name}), answers {', '.join(sorted(tasks))}",
         f"steps: {', '.join(steps)}",

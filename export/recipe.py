@@ -9,6 +9,8 @@ out = "geochat.bundle"
 [[adapters]]                             # PEFT LoRA, merged as W + weight * delta
 path = "harbour-lora"
 weight = 1.0
+keep = false                             # true: not merged but kept apart, for --adapter NAME
+name = "harbour"                         # of one that is kept; left out: that of its folder
 
 [bundle]
 name = "geochat"
@@ -46,6 +48,14 @@ TARGETS: tuple[Target, ...] = ("onnx:f32", "onnx:f16")
 class AdapterChoice(Model):
     path: Path
     weight: float = 1.0
+    keep: bool = False
+    """Not merged: the bundle answers by it when asked to."""
+    name: str | None = None
+    """Of one that is kept; default: that of its folder."""
+
+    @property
+    def bundle_name(self) -> str:
+        return self.name or self.path.resolve().name
 
 
 class BundleFacts(Model):
@@ -79,6 +89,14 @@ class Recipe(Model):
     prompts: Prompts = Prompts()
     allow: tuple[Gate, ...] = ()
     """Gates whose failure does not stop the export; recorded in the bundle."""
+
+    @property
+    def merged(self) -> tuple[AdapterChoice, ...]:
+        return tuple(choice for choice in self.adapters if not choice.keep)
+
+    @property
+    def kept(self) -> tuple[AdapterChoice, ...]:
+        return tuple(choice for choice in self.adapters if choice.keep)
 
     @property
     def precision(self) -> str:

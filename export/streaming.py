@@ -47,11 +47,23 @@ class _ReadParameters(dict[str, Any]):
     def __init__(self, parameters: Mapping[str, nn.Parameter | None], sources: Mapping[str, LazyTensor]) -> None:
         super().__init__({name: _without_memory(parameter) for name, parameter in parameters.items()})
         self._sources = sources
+        self._instead: dict[str, nn.Parameter | None] = {}
+        self._given_out: dict[str, int] = {}
 
     def __getitem__(self, name: str) -> nn.Parameter | None:
+        if name in self._instead:
+            return self._instead[name]
         if super().__getitem__(name) is None:
             return None
-        return nn.Parameter(_widened(self._sources[name].read()), requires_grad=False)
+        parameter = nn.Parameter(_widened(self._sources[name].read()), requires_grad=False)
+        self._given_out[name] = id(parameter)
+        return parameter
+
+    def __setitem__(self, name: str, parameter: nn.Parameter | None) -> None:
+        """Another value until the one that was read last is put back, which is not kept."""
+        self._instead[name] = parameter
+        if id(parameter) == self._given_out.get(name):
+            del self._instead[name]
 
 
 def _without_memory(parameter: nn.Parameter | None) -> nn.Parameter | None:

@@ -5,14 +5,9 @@ A few cases run always; EDGE_RSVLM_SLOW=1 runs every family in both layouts and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,11 +24,8 @@ pytest.importorskip("sentencepiece", reason="tokenizers of the tiny checkpoints 
 
 from click.testing import CliRunner  # noqa: E402
 from PIL import Image  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 
 from edge_rsvlm.cli import cli  # noqa: E402
-from edge_rsvlm.errors import BundleError, EdgeRsvlmError  # noqa: E402
-from edge_rsvlm.export.artifact import file_hash  # noqa: E402
 from edge_rsvlm.tasks import generate  # noqa: E402
 from tests import tiny_checkpoints, tiny_generators  # noqa: E402
 from tests import transformers_says as says  # noqa: E402
@@ -54,7 +46,7 @@ LABELS = ("airplane", "ships", "a green field")
 LORA = {"r": 3, "lora_alpha": 5}
 ADAPTERS = {
     "lora": ({"target_modules": "all-linear"},),
-    "two": ({"target_modules": "all-linear"}, {"target_modules": r".*(q_proj|query|qkv|fc1|gate_proj)", "r": 2}),
+    "two": ({"target_modules": "all-linear"}, {"target_modules": ["q_proj", "query", "qkv", "fc1", "dense"], "r": 2}),
     "saved": ({"target_modules": r".*(q_proj|query|qkv|attn\.proj)"},),  # and a module whole, of SAVED
 }
 WEIGHTS = {"lora": (1.0,), "two": (0.7, 0.5), "saved": (1.0,)}
@@ -86,10 +78,11 @@ def folders(tmp_path_factory):
     @cache
     def checkpoint(name, layout="5x"):
         folder = tmp_path_factory.mktemp(f"{name}-{layout}")
-        {**GENERATORS, **ENCODERS}[name](folder)
-        if layout == "4x":
-            (tiny_generators if name in GENERATORS else tiny_checkpoints).as_4x(folder)
-        return folder
+        if layout == "5x":
+            {**GENERATORS, **ENCODERS}[name](folder)
+            return folder
+        shutil.copytree(checkpoint(name), folder, dirs_exist_ok=True)  # a tokenizer trained again would be another
+        return (tiny_generators if name in GENERATORS else tiny_checkpoints).as_4x(folder)
 
     @cache
     def adapters(name, kind):
@@ -234,13 +227,18 @@ def check_dual(folder, model, path, bundle, tolerance, monkeypatch):
 
 
 def check_owl(folder, model, path, bundle, tolerance, monkeypatch):
-    """Overlapping boxes are merged here and not there, so ours are some of theirs, the best first."""
+    """Overlapping boxes, and those beside the image, are left out here and not there: ours are some of theirs."""
     image = Image.open(path).convert("RGB")
     queries = [f"a photo of {label}." for label in LABELS]
     theirs = says.detected(folder, model, image, queries, 0.01)
     (record,) = records("detect", path, *(f"--query={label}" for label in LABELS), "--score", "0.011", *bundle)
     found = record["detections"]
-    assert found and abs(found[0]["score"] - theirs[0][1]) < tolerance
+    inside = [
+        score
+        for _, score, (x0, y0, x1, y1) in theirs
+        if min(x1, image.width) > max(x0, 0) and min(y1, image.height) > max(y0, 0)
+    ]
+    assert found and abs(max(box["score"] for box in found) - inside[0]) < tolerance
     for box in found:
         x, y, w, h = box["box"]
         corners = np.array([x, y, x + w, y + h])

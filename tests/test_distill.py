@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tarfile
 from functools import cache
 
 import numpy as np
@@ -146,13 +147,13 @@ def export(checkpoint, out):
 def test_a_narrower_llava_learns_what_its_teacher_would_say(checkpoint, data, tmp_path):
     folders = checkpoint("llava"), checkpoint("llava narrow")
     given = {"logits": {"weight": 1.0, "temperature": 2.0}, "features": {"weight": 1.0}, "labels": {"weight": 0.0}}
-    out = distill(recipe_of(*folders, data, tmp_path / "student", given, steps=60))
+    out = distill(recipe_of(*folders, data, tmp_path / "student", given, steps=30))
     teacher = generator(folders[0])
     before, after = (token_kl(teacher, generator(folder), data) for folder in (folders[1], out))
     print("KL", before, after)
     assert after < 0.5 * before
     measured = log_of(out)["losses"]
-    assert list(measured) == ["total", "labels", "logits", "features"] and len(measured["total"]) == 60
+    assert list(measured) == ["total", "labels", "logits", "features"] and len(measured["total"]) == 30
     assert np.mean(measured["features"][-4:]) < 0.7 * measured["features"][0]
     assert measured["total"][0] == pytest.approx(measured["logits"][0] + measured["features"][0], rel=1e-4)
     assert not list(tmp_path.glob(".student*")) and not (tmp_path / "distill-captions.jsonl").exists()
@@ -162,7 +163,7 @@ def test_a_narrower_llava_learns_what_its_teacher_would_say(checkpoint, data, tm
 
 def test_features_alone_and_only_the_parts_that_train(checkpoint, data, tmp_path):
     folder = checkpoint("llava")
-    student = copied(folder, tmp_path / "start")
+    student = tiny.as_4x(copied(folder, tmp_path / "start", torch.bfloat16))
     train = ("model.vision_tower", "model.multi_modal_projector")
     given = {"features": {"kind": "cosine"}}
     recipe = recipe_of(folder, student, data.parent, tmp_path / "student", given, steps=40, train=train)
@@ -174,20 +175,21 @@ def test_features_alone_and_only_the_parts_that_train(checkpoint, data, tmp_path
     changed = {name for name in start if not torch.equal(start[name], end[name])}
     assert changed and all(name.startswith(train) for name in changed)
     assert log_of(out)["samples_of_images"] == 8
+    assert {tensor.dtype for tensor in run.open_side(out).checkpoint.tensors.values()} == {torch.bfloat16}
     with pytest.raises(UsageError, match=r"no parameter is named model.tower.*model.vision_tower"):
         distill(recipe.model_copy(update={"out": tmp_path / "other", "train": ("model.tower",)}))
     with pytest.raises(UsageError, match="no loss depends on"):
         distill(recipe.model_copy(update={"out": tmp_path / "other", "train": ("lm_head",)}))
 
 
-def copied(folder, to):
+def copied(folder, to, dtype=torch.float32):
     """The same checkpoint with other weights."""
     _, model = opened(folder)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.flatten()[torch.randperm(parameter.numel())].reshape(parameter.shape))
-    model.save_pretrained(to)
+    model.to(dtype).save_pretrained(to)
     for file in folder.iterdir():
         if file.is_file() and not (to / file.name).exists() and file.suffix != ".safetensors":
             (to / file.name).write_bytes(file.read_bytes())
@@ -250,6 +252,20 @@ def test_generators_of_every_family_teach(teacher, student, checkpoint, data, tm
         assert any(loss is not None for loss in log["losses"][name])
     assert all(np.isfinite(loss) for loss in log["losses"]["total"])
     assert log["losses"]["total"][-1] < log["losses"]["total"][0]
+
+
+def test_images_come_from_archives_too(checkpoint, data, tmp_path):
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for file in data.parent.glob("*.png"):
+            tar.add(file, f"train/{file.name}")
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    named = write(tmp_path / "named.jsonl", [{**line, "image": f"train/{line['image']}"} for line in lines])
+    folders = checkpoint("llava"), checkpoint("llava narrow")
+    given = {"captions": {"max_tokens": 3}}
+    beside = distill(recipe_of(*folders, data, tmp_path / "beside", given))
+    apart = distill(recipe_of(*folders, named, tmp_path / "apart", given, images=tmp_path / "images.tar"))
+    assert log_of(apart)["losses"] == log_of(beside)["losses"]
+    assert len((tmp_path / "distill-captions.jsonl").read_text().splitlines()) == 8
 
 
 @pytest.mark.parametrize("name", ["llava", "smolvlm", "qwen2_5_vl", "blip-2"])
@@ -448,4 +464,5 @@ def test_recipes(tmp_path):
     path.write_text(path.read_text().replace("temperature", "temprature"))
     with pytest.raises(UsageError, match="did you mean 'temperature'"):
         load_distill_recipe(path)
+    assert recipe.images is None
     assert recipe.model_copy(update={"captions": None}).captions_file == tmp_path / "distill-captions.jsonl"

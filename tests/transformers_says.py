@@ -50,6 +50,8 @@ def prompt(folder: Path, image, question: str) -> dict:
     processor = AutoProcessor.from_pretrained(folder)
     if kind == "blip-2":
         return processor(images=image, text=f"Question: {question} Answer:", return_tensors="pt")
+    if kind == "llava":
+        processor.num_additional_image_tokens = 1  # CLIP's class token, which old checkpoints do not mention
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     template = (folder / "chat_template.jinja").read_text()
     text = processor.apply_chat_template(turn, chat_template=template, add_generation_prompt=True)

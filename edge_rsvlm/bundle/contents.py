@@ -148,7 +148,11 @@ def reference_problems(manifest: Manifest) -> Iterator[Problem]:
     for graph in manifest.graphs.values():
         if not graph.file.endswith(GRAPH_SUFFIX):
             yield Problem("manifest", f"a graph is in '{printable(graph.file)}'", f"name it *{GRAPH_SUFFIX}")
-    listed = {"graph": manifest.graphs, "adapter": manifest.adapters, "file": manifest.files}
+    listed: dict[str, Collection[str]] = {
+        "graph": manifest.graphs,
+        "adapter": manifest.adapters,
+        "file": manifest.files,
+    }
     for kind, name in _references(manifest):
         if name not in listed[kind]:
             what = f"{'an' if kind == 'adapter' else 'a'} {kind} '{printable(name)}'"

@@ -18,9 +18,9 @@ import torch
 
 from edge_rsvlm.config.model import Model, parse
 from edge_rsvlm.errors import InputError
-from edge_rsvlm.export.artifact import file_hash
 from edge_rsvlm.export.distilling.generators import Generator
 from edge_rsvlm.export.distilling.recipe import Captions
+from edge_rsvlm.export.finetuning.images import open_file
 from edge_rsvlm.export.finetuning.loop import Process
 from edge_rsvlm.export.finetuning.samples import Encoder, Sample
 
@@ -54,7 +54,7 @@ def requests(
     samples: Sequence[Sample], encoder: Encoder, teacher_sha256: str, settings: Captions, seed: int
 ) -> list[Asked]:
     """What is to be asked of each sample's image."""
-    hashes = {image: file_hash(image) for image in dict.fromkeys(sample.image for sample in samples)}
+    hashes = {image: _image_hash(image) for image in dict.fromkeys(sample.image for sample in samples)}
     return [
         Asked(
             teacher=teacher_sha256,
@@ -66,6 +66,11 @@ def requests(
         )
         for sample in samples
     ]
+
+
+def _image_hash(image: Path) -> str:
+    with open_file(image) as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def write_captions(

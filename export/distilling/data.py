@@ -27,14 +27,15 @@ class Item:
     whole: bool = True
 
 
-def read_data(path: Path) -> list[Sample]:
-    """Samples of a JSONL, or every image below a folder, without an answer. InputError where there are none."""
+def read_data(path: Path, images: Path | None = None) -> list[Sample]:
+    """Samples of a JSONL, whose images are in ``images`` or beside it, or else every image below a folder, without an
+    answer. InputError where there are none."""
     if not path.is_dir():
-        return read_samples(path)
-    images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
-    if not images:
+        return read_samples(path, images)
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
+    if not found:
         raise InputError(f"no images in {path}", fix=f"put some there ({', '.join(IMAGES)})")
-    return [Sample(str(image), image, "caption", "", None, None) for image in images]
+    return [Sample(str(image), image, "caption", "", None, None) for image in found]
 
 
 def asked(samples: Sequence[Sample]) -> list[Sample]:

@@ -4,6 +4,7 @@ version = 1
 teacher = "qwen2-vl-7b"          # folders of Hugging Face checkpoints, relative to this file
 student = "qwen2-vl-2b"          # where the student starts; it is not changed
 data = "scenes"                  # a folder of images, or a JSONL as finetuning/samples.py reads it
+images = "scenes.tar"            # of that JSONL; default: its folder
 out = "qwen2-vl-2b-distilled"    # the new checkpoint, which an export takes
 steps = 4000                     # or: minutes = 300
 rate = 1e-4
@@ -77,6 +78,8 @@ class DistillRecipe(TrainingRecipe):
     version: Literal[1] = 1
     teacher: Path
     student: Path
+    images: Path | None = None
+    """Folder or ``.tar`` of the images that a JSONL names; default: its folder."""
     train: tuple[str, ...] = ()
     captions: Path | None = None
     losses: Losses
@@ -96,6 +99,5 @@ class DistillRecipe(TrainingRecipe):
 def load_distill_recipe(path: Path) -> DistillRecipe:
     """Read and check a recipe; its paths are relative to it. UsageError names the wrong key or line."""
     recipe = parse(DistillRecipe, {"version": 0, **read_toml(path)}, f"recipe {path}", UsageError)
-    placed = {name: path.parent / getattr(recipe, name) for name in ("teacher", "student", "data", "out")}
-    captions = {"captions": path.parent / recipe.captions} if recipe.captions else {}
-    return recipe.model_copy(update=placed | captions)
+    given = {name: getattr(recipe, name) for name in ("teacher", "student", "data", "images", "out", "captions")}
+    return recipe.model_copy(update={name: path.parent / value for name, value in given.items() if value is not None})

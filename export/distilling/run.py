@@ -51,7 +51,7 @@ def distill(recipe: DistillRecipe, progress: Progress | None = None, captioned: 
     """
     recipe.check()
     teacher, student = open_side(recipe.teacher), open_side(recipe.student)
-    samples = read_data(recipe.data)
+    samples = read_data(recipe.data, recipe.images)
     process = this_process()
     try:
         run = Distillation(recipe, teacher, student, samples, process, progress or silent)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from edge_rsvlm.export.adapters.kept import KeptAdapter
 from edge_rsvlm.export.bundle_writer import write_manifest
 from edge_rsvlm.export.explain import memory_needed, parts
 from edge_rsvlm.export.external_data import Precision, write
 from edge_rsvlm.export.families.base import Description, Family, Source
 from edge_rsvlm.export.recipe import Recipe
+from edge_rsvlm.export.skeleton import skeleton
 from edge_rsvlm.export.steps.merge_lora import ModelWeights
+from edge_rsvlm.export.switching import switchable, unused, write_adapters
 from edge_rsvlm.export.tracing import trace
 
 BUNDLE, LAYERS, WEIGHTS = "bundle", "layers.json", "weights.json"
@@ -23,17 +26,20 @@ GraphProgress = Callable[[str, int, int], None]
 
 
 def compile_onnx(
-    family: Family, source: Source, weights: ModelWeights, recipe: Recipe, folder: Path, progress: GraphProgress
-) -> dict[str, Any]:
+    family: Family, source: Source, weights: ModelWeights, recipe: Recipe, adapters: Sequence[KeptAdapter],
+    folder: Path, progress: GraphProgress,
+) -> dict[str, Any]:  # fmt: skip
     """Fill ``folder`` with ``bundle/`` (not measured, not proven), and with what parity needs: where in the graphs
     layers end (``layers.json``), and which weights they hold, transposed or not (``weights.json``)."""
     target = folder / BUNDLE
     target.mkdir()
     layers: dict[str, dict[str, str]] = {}
     stored: dict[str, dict[str, bool]] = {}
+    adapted: dict[str, frozenset[str]] = {}
     model_class = family.model_class(weights.config)
     for plan in family.graphs(source):
-        traced = trace(model_class, weights.config, plan)
+        changed = switchable(trace(model_class, weights.config, plan), adapters, skeleton(model_class, weights.config))
+        traced, adapted[plan.name] = changed.traced, changed.weights
         layers[plan.name] = dict(traced.layers)
         stored[plan.name] = {name: weight.transposed for name, weight in traced.weights.items()}
 
@@ -46,14 +52,17 @@ def compile_onnx(
     description = family.describe(source)
     for name, content in description.files.items():
         (target / name).write_bytes(content)
-    write_manifest(target, draft(recipe, description, memory_needed(parts(family, source), description.tasks)))
-    return {"bytes": sum(path.stat().st_size for path in target.iterdir()), "graphs": len(layers)}
+    fields = draft(recipe, description, memory_needed(parts(family, source), description.tasks))
+    fields["adapters"] = write_adapters(adapters, adapted, target, PRECISIONS[recipe.precision], description.tasks)
+    write_manifest(target, fields)
+    metrics = {"bytes": sum(path.stat().st_size for path in target.iterdir()), "graphs": len(layers)}
+    return metrics | {f"layers of {a.name} that have no effect": len(unused(a, adapted)) for a in adapters}
 
 
 def draft(recipe: Recipe, description: Description, session_bytes: int) -> dict[str, Any]:
     """Fields of a manifest whose memory is estimated and whose probe is empty."""
     facts, known = recipe.bundle, description.facts
-    adapted = [choice.path.resolve().name for choice in recipe.adapters]
+    adapted = [choice.path.resolve().name for choice in recipe.merged]
     name = facts.name or "-".join([known.get("name", recipe.name), *adapted])
     return {
         "name": name, "version": facts.version,

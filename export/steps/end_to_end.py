@@ -21,11 +21,13 @@ WHOLE = "whole"
 
 
 def end_to_end(
-    family: Family, source: Source, model: nn.Module, bundle: Bundle, image_HWC: NDArray[np.uint8], gate: Gate
-) -> list[Check]:
+    family: Family, source: Source, model: nn.Module, bundle: Bundle, image_HWC: NDArray[np.uint8], gate: Gate,
+    adapter: str | None = None,
+) -> list[Check]:  # fmt: skip
     """One check per answer that both sides give."""
     expected = family.reference(source, model, image_HWC, TEXT)
     runtime = Runtime(bundle, cpu_engine(1, UNBOUNDED))
+    runtime.switch(adapter)
     if "tokens" in expected:
         return _generated(runtime, image_HWC, expected, gate)
     if "boxes" in expected:

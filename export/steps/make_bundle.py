@@ -19,7 +19,7 @@ from edge_rsvlm.export.bundle_writer import (
     write_manifest,
 )
 from edge_rsvlm.export.steps.compile_onnx import BUNDLE
-from edge_rsvlm.export.steps.parity import FAILED, PROBES
+from edge_rsvlm.export.steps.parity import BY_ADAPTER, FAILED, PROBES
 from edge_rsvlm.profiles import available_memory
 
 SHARE_OF_MEMORY = 0.6
@@ -51,4 +51,6 @@ def make_bundle(
 def _probe(path: Path, folder: Path) -> dict[str, Any]:
     (folder / PROBE_FOLDER).mkdir(exist_ok=True)
     shutil.copyfile(path, folder / PROBE_FOLDER / path.name)
-    return {"graph": path.stem, "file": f"{PROBE_FOLDER}/{path.name}", "tolerance": PROBE_TOLERANCE}
+    graph, _, adapter = path.stem.partition(BY_ADAPTER)
+    found = {"graph": graph, "file": f"{PROBE_FOLDER}/{path.name}", "tolerance": PROBE_TOLERANCE}
+    return found | ({"adapter": adapter} if adapter else {})

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_rsvlm.bundle import Bundle, load_bundle
+from edge_rsvlm.export.adapters.kept import KeptAdapter
 from edge_rsvlm.export.adapters.resolve import Updates
 from edge_rsvlm.export.adapters.unmerged import Unmerged
 from edge_rsvlm.export.adapters.updates import merge
@@ -32,21 +34,30 @@ from edge_rsvlm.export.steps.compile_onnx import BUNDLE, LAYERS, WEIGHTS, GraphP
 from edge_rsvlm.export.steps.end_to_end import end_to_end
 from edge_rsvlm.export.streaming import streamed_model
 from edge_rsvlm.export.weight_parity import compare_weights
+from edge_rsvlm.pipeline.adapters import read_adapter
 from edge_rsvlm.profiles import available_memory
 
 PROBES, FAILED = "probes", "failed checks"
 WORST_LAYERS = 5
 SHARE_OF_MEMORY = 0.25
 """A model is compared whole when it takes no more than this of what the machine can give."""
+BY_ADAPTER = "@"
+"""Between graph and adapter in the name of a golden probe."""
 NO_GOLDEN = ("present.",)
 """Caches are compared, and not kept: they are large and say what the logits say."""
 
 
 class Parity:
-    """One comparison: what is compared, and what came of it."""
+    """One comparison: what is compared, and what came of it; of the base model, or of a kept adapter."""
 
-    def __init__(self, family: Family, source: Source, bundle: Bundle, layers: Mapping[str, Mapping[str, str]]) -> None:
+    def __init__(
+        self, family: Family, source: Source, bundle: Bundle, layers: Mapping[str, Mapping[str, str]],
+        adapter: str | None = None,
+    ) -> None:  # fmt: skip
         self._family, self._source, self._bundle, self._layers = family, source, bundle, layers
+        self._adapter = adapter
+        self._by = "" if adapter is None else f"{adapter}: "
+        self._factors = {} if adapter is None else read_adapter(bundle, adapter)
         self._gate = GATES[bundle.manifest.precision]
         self._image = probe_image()
         self._made: Arrays = {}
@@ -57,23 +68,29 @@ class Parity:
         """Compare one graph, and keep what it computes here of these inputs: the device is to compute the same."""
         inputs = graph_inputs(plan.name, plan.inputs, self._bundle, self._image, self._made)
         expected = _outputs(plan, model, inputs)
-        path = self._path(plan.name)
-        found = dict(run_sliced(path, inputs, plan.outputs))
+        path, factors = self._path(plan.name), self._factors.get(plan.name, {})
+        found = dict(run_sliced(path, {**inputs, **factors}, plan.outputs))
         checks = [check for name in plan.outputs for check in self._compare(plan, name, found[name], expected[name])]
         if not all(check.passed for check in checks):
-            self._name_layers(plan, model, path, inputs)
+            self._name_layers(plan, model, path, {**inputs, **factors})
         self.checks += checks
+        if factors or self._adapter is None:
+            self._keep_golden(plan.name, inputs, found, probes)
         self._made |= {name: value for name, value in expected.items() if not name.startswith(NO_GOLDEN)}
+
+    def _keep_golden(self, graph: str, inputs: Arrays, found: Arrays, probes: Path) -> None:
         golden = {name: value for name, value in found.items() if not name.startswith(NO_GOLDEN)}
         arrays = {f"in.{k}": v for k, v in inputs.items()} | {f"out.{k}": v for k, v in golden.items()}
-        np.savez_compressed(probes / f"{plan.name}.npz", **arrays)  # type: ignore[arg-type]
+        name = graph if self._adapter is None else f"{graph}{BY_ADAPTER}{self._adapter}"
+        np.savez_compressed(probes / f"{name}.npz", **arrays)  # type: ignore[arg-type]
 
     def whole(self, model: nn.Module) -> None:
         """Compare transformers and the runtime from pixels to answers."""
-        self.checks += end_to_end(self._family, self._source, model, self._bundle, self._image, self._gate)
+        found = end_to_end(self._family, self._source, model, self._bundle, self._image, self._gate, self._adapter)
+        self.checks += [replace(check, output=f"{self._by}{check.output}") for check in found]
 
     def _compare(self, plan: GraphPlan, name: str, found: NDArray[Any], expected: NDArray[Any]) -> list[Check]:
-        output = f"{plan.name}.{name}"
+        output = f"{self._by}{plan.name}.{name}"
         checks = tensor_checks(output, found, expected, self._gate)
         if name == "logits" and expected.ndim == 3:
             checks.append(divergence_check(output, found[0, -1], expected[0, -1], self._gate))
@@ -100,7 +117,10 @@ class Parity:
         first = first_above(rows, self._gate.error)
         worst = sorted(rows, key=lambda row: row.growth, reverse=True)[:WORST_LAYERS]
         lines = [f"first off: {first.module}, error {first.error:.3g}"] if first else []
-        self.worst[plan.name] = [*lines, *(f"{row.module}: error {row.error:.3g}, x{row.growth:.3g}" for row in worst)]
+        self.worst[f"{self._by}{plan.name}"] = [
+            *lines,
+            *(f"{row.module}: error {row.error:.3g}, x{row.growth:.3g}" for row in worst),
+        ]
 
 
 def parity(
@@ -108,6 +128,7 @@ def parity(
     checkpoint: Checkpoint,
     tensors: Mapping[str, LazyTensor],
     updates: Updates,
+    adapters: Sequence[KeptAdapter],
     compiled: Path,
     folder: Path,
     progress: GraphProgress,
@@ -117,6 +138,7 @@ def parity(
     bundle = load_bundle(compiled / BUNDLE, allow_unsigned=True, allow_older=True)
     layers, stored = (json.loads((compiled / name).read_text()) for name in (LAYERS, WEIGHTS))
     compared = Parity(family, source, bundle, layers)
+    others = [(adapter, Parity(family, source, bundle, layers, adapter.name)) for adapter in adapters]
     model_class = family.model_class(checkpoint.config)
 
     def merged(name: str) -> Tensor:
@@ -131,6 +153,9 @@ def parity(
         model = streamed_model(model_class, checkpoint.config, tensors)
         with Unmerged(model, updates):
             compared.graph(plan, model, folder / PROBES)
+            for adapter, other in others:
+                with Unmerged(model, adapter.updates):
+                    other.graph(plan, model, folder / PROBES)
         compared.weights(plan.name, stored[plan.name], merged)
     size = sum(math.prod(tensor.shape) * torch.float32.itemsize for tensor in tensors.values())
     whole = size <= SHARE_OF_MEMORY * available_memory()
@@ -139,6 +164,12 @@ def parity(
         published = loaded.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True).eval()
         with Unmerged(published, updates) as model:
             compared.whole(model)
+            for adapter, other in others:
+                with Unmerged(model, adapter.updates):
+                    other.whole(model)
+    for _, other in others:
+        compared.checks += other.checks
+        compared.worst |= other.worst
     metrics = {check.name: check.value for check in compared.checks}
     metrics[FAILED] = sum(not check.passed for check in compared.checks)
     return metrics | {"compared whole": "yes" if whole else "no, it is too large for this machine"}, compared
