@@ -26,19 +26,13 @@ label = "a satellite photo of {label}."  # for classify, search and detect by wo
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from edge_rsvlm.config.model import Model, parse
-from edge_rsvlm.errors import UsageError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from edge_rsvlm.config.model import Model
+from edge_rsvlm.config.toml import load_toml
 
 Target = Literal["onnx:f32", "onnx:f16"]
 Gate = Literal["parity"]
@@ -113,13 +107,7 @@ class Recipe(Model):
 
 def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe; its paths are relative to it. UsageError names the wrong key or line."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise UsageError(f"cannot read {path}: {exc.strerror}", fix="name an existing recipe") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise UsageError(f"{path} is not TOML: {exc}", fix="correct that line") from exc
-    recipe = parse(Recipe, {"version": 0, **data}, f"recipe {path}", UsageError)
+    recipe = load_toml(Recipe, path, "recipe")
     base = path.parent
     adapters = tuple(a.model_copy(update={"path": base / a.path}) for a in recipe.adapters)
     placed = {

@@ -60,7 +60,7 @@ SAVED = {
 
 def cases():
     fast = [
-        ("clip", "4x", "f16", None), ("qwen2_5_vl", "4x", "f32", "two"), ("owlv2", "5x", "f32", "saved"),
+        ("clip", "4x", "f16", None), ("qwen2_5_vl", "4x", "f32", "two"), ("owlv2", "5x", "f32", "saved"), ("owlv2", "5x", "f32", None), ("owlvit", "5x", "f32", None), ("owlv2", "5x", "f32", "lora"),
         ("llava", "5x", "f32", "lora"), ("vilt", "4x", "f32", None),
     ]  # fmt: skip
     if not SLOW:
@@ -238,6 +238,7 @@ def check_owl(folder, model, path, bundle, tolerance, monkeypatch):
         for _, score, (x0, y0, x1, y1) in theirs
         if min(x1, image.width) > max(x0, 0) and min(y1, image.height) > max(y0, 0)
     ]
+    print("OURS", sorted(found, key=lambda b: -b["score"])[:3], "THEIRS", theirs[:5], image.size)
     assert found and abs(max(box["score"] for box in found) - inside[0]) < tolerance
     for box in found:
         x, y, w, h = box["box"]

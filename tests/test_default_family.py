@@ -220,6 +220,10 @@ def test_thresholds_belong_to_the_weights(stages, tmp_path):
 
 def test_stages_are_told_from_checkpoints(stages, tmp_path):
     assert is_stages(stages) and not is_stages(tmp_path) and not is_stages(stages / "joint")
+    shutil.copytree(stages, tmp_path / "part")
+    (tmp_path / "part" / "change" / "weights.safetensors").unlink()
+    with pytest.raises(InputError, match=r"change/weights\.safetensors is not there"):
+        open_stages(tmp_path / "part")
     tensors = open_stages(stages).weights(DefaultModel)
     assert tensors.keys() == DefaultModel(open_stages(stages).config).state_dict().keys()
 

@@ -49,6 +49,38 @@ def run(
     click.echo(str(folder))
 
 
+@command.command("finetune")
+@click.argument("recipe", type=click.Path(path_type=Path))
+def finetune(recipe: Path) -> None:
+    """Train a LoRA adapter on captions, questions or boxes, which `export run --adapter` takes.
+
+    RECIPE is a TOML file (docs/cli.md). A stopped run goes on from its last checkpoint; torchrun shares the work.
+    """
+    _chain()
+    from edge_rsvlm.export.finetuning.recipe import load_finetune_recipe
+    from edge_rsvlm.export.finetuning.run import finetune
+
+    wanted = load_finetune_recipe(recipe)
+    with _training_bar("finetune") as progress:
+        click.echo(str(finetune(wanted, progress)))
+
+
+@command.command("distill")
+@click.argument("recipe", type=click.Path(path_type=Path))
+def distill(recipe: Path) -> None:
+    """Teach a smaller checkpoint what a larger one answers; the result is a checkpoint that `export run` takes.
+
+    RECIPE is a TOML file (docs/cli.md). What the teacher wrote is kept, and a stopped run goes on where it was.
+    """
+    _chain()
+    from edge_rsvlm.export.distilling.recipe import load_distill_recipe
+    from edge_rsvlm.export.distilling.run import distill
+
+    wanted = load_distill_recipe(recipe)
+    with _step_bars() as captioned, _training_bar("distill") as progress:
+        click.echo(str(distill(wanted, progress, lambda done, total: captioned("captions", done, total))))
+
+
 def _chain() -> Any:
     from edge_rsvlm.errors import UsageError
 
@@ -113,3 +145,34 @@ def _step_bars() -> Any:
             yield show
 
     return bars()
+
+
+def _training_bar(name: str) -> Any:
+    """A bar on stderr when a person is looking, and else a line for every tenth of the way."""
+    import sys
+    from contextlib import contextmanager
+
+    @contextmanager
+    def bar() -> Any:
+        if not sys.stderr.isatty():
+            said = [-1]
+
+            def say(step: int, share: float, loss: float) -> None:
+                if int(share * 10) > said[0]:
+                    said[0] = int(share * 10)
+                    click.echo(f"{name}: {share:.0%}, step {step}, loss {loss:.4g}", err=True)
+
+            yield say
+            return
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task(name, total=1.0)
+
+            def show(step: int, share: float, loss: float) -> None:
+                progress.update(task, completed=share, description=f"{name} step {step}, loss {loss:.4g}")
+
+            yield show
+
+    return bar()

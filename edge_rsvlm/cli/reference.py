@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import inspect
+from pathlib import Path
 
 import click
 
 from edge_rsvlm.cli import VERBS, cli
-from edge_rsvlm.config import job
 
 WIDTH = 100
+FILES = {
+    "run": "edge_rsvlm.config.job",
+    "export run": "edge_rsvlm.export.recipe",
+    "export finetune": "edge_rsvlm.export.finetuning.recipe",
+    "export distill": "edge_rsvlm.export.distilling.recipe",
+}
+"""Modules that say what these verbs read."""
 
 
 def markdown() -> str:
@@ -21,7 +30,9 @@ def markdown() -> str:
             command = cli.get_command(group, verb)
             assert command is not None
             parts += [f"## {verb}", *_helps(command, f"edge-rsvlm {verb}")]
-    parts += ["## Job files", "What `run` takes:", f"```toml\n{_job_example()}\n```"]
+    parts.append("## Files")
+    for verb, module in FILES.items():
+        parts += [f"What `{verb}` takes:", f"```toml\n{_example(module)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -36,9 +47,13 @@ def _help(command: click.Command, name: str) -> str:
     return f"```\n{command.get_help(context)}\n```"
 
 
-def _job_example() -> str:
-    assert job.__doc__ is not None
-    return inspect.cleandoc(job.__doc__.partition("\n")[2])
+def _example(module: str) -> str:
+    """The docstring of a module without its first line; some of them cannot be imported on a device."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+    assert text is not None
+    return inspect.cleandoc(text.partition("\n")[2])
 
 
 if __name__ == "__main__":

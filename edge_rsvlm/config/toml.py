@@ -22,4 +22,5 @@ def load_toml(model: type[M], path: Path, what: str) -> M:
         raise UsageError(f"cannot read {path}: {exc.strerror}", fix=f"name an existing {what}") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise UsageError(f"{path} is not TOML: {exc}", fix="correct that line") from exc
-    return parse(model, data, f"{what} {path}", UsageError)
+    # Written out, though code may leave it out: a file outlives the version that it was written for.
+    return parse(model, {"version": 0, **data}, f"{what} {path}", UsageError)

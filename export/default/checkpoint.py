@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from edge_rsvlm.errors import InputError
 from edge_rsvlm.export import artifact
 from edge_rsvlm.export.checkpoint import Checkpoint, LazyTensor, list_safetensors
 from edge_rsvlm.export.default.describe import THRESHOLDS_NAME
@@ -75,7 +76,10 @@ def is_stages(folder: Path) -> bool:
 
 
 def open_stages(folder: Path) -> Checkpoint:
-    """InputError when a file of a stage is not a whole safetensors file."""
+    """InputError when a stage lacks a file, or its weights are not a whole safetensors file."""
+    needed = (*(folder / stage / artifact.WEIGHTS_NAME for stage in STAGES), _tokenizer(folder))
+    if missing := [str(path) for path in needed if not path.is_file()]:
+        raise InputError(f"{missing[0]} is not there", fix="copy the stages whole, or train them again")
     stored = {stage: list_safetensors(folder / stage / artifact.WEIGHTS_NAME) for stage in STAGES}
     tensors: dict[str, LazyTensor] = {
         name: tensor for name, tensor in stored[joint.NAME].items() if name.startswith(OF_JOINT)
@@ -85,6 +89,10 @@ def open_stages(folder: Path) -> Checkpoint:
     config = DefaultConfig(vocabulary=tensors[WORDS].shape[0] if WORDS in tensors else 0)
     files = (
         *(folder / stage / name for stage in STAGES for name in (artifact.MANIFEST_NAME, artifact.WEIGHTS_NAME)),
-        folder / caption.NAME / caption.TOKENIZER_NAME, folder / THRESHOLDS_NAME,
+        _tokenizer(folder), folder / THRESHOLDS_NAME,
     )  # fmt: skip
     return Checkpoint(folder, config, files, tensors)
+
+
+def _tokenizer(folder: Path) -> Path:
+    return folder / caption.NAME / caption.TOKENIZER_NAME

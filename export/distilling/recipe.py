@@ -36,9 +36,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from edge_rsvlm.config.model import Model, parse
+from edge_rsvlm.config.model import Model
+from edge_rsvlm.config.toml import load_toml
 from edge_rsvlm.errors import UsageError
-from edge_rsvlm.export.finetuning.recipe import TrainingRecipe, read_toml
+from edge_rsvlm.export.finetuning.recipe import TrainingRecipe
 
 CAPTIONS_NAME = "distill-captions.jsonl"
 
@@ -98,6 +99,6 @@ class DistillRecipe(TrainingRecipe):
 
 def load_distill_recipe(path: Path) -> DistillRecipe:
     """Read and check a recipe; its paths are relative to it. UsageError names the wrong key or line."""
-    recipe = parse(DistillRecipe, {"version": 0, **read_toml(path)}, f"recipe {path}", UsageError)
+    recipe = load_toml(DistillRecipe, path, "recipe")
     given = {name: getattr(recipe, name) for name in ("teacher", "student", "data", "images", "out", "captions")}
     return recipe.model_copy(update={name: path.parent / value for name, value in given.items() if value is not None})

@@ -13,20 +13,15 @@ rate = 1e-4
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from edge_rsvlm.config.model import Model, parse
+from edge_rsvlm.config.model import Model
+from edge_rsvlm.config.toml import load_toml
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.artifact import file_hash
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ALL_LINEAR = "all-linear"
 
@@ -72,17 +67,7 @@ class FinetuneRecipe(TrainingRecipe):
 
 def load_finetune_recipe(path: Path) -> FinetuneRecipe:
     """Read and check a recipe; its paths are relative to it. UsageError names the wrong key or line."""
-    recipe = parse(FinetuneRecipe, {"version": 0, **read_toml(path)}, f"recipe {path}", UsageError)
+    recipe = load_toml(FinetuneRecipe, path, "recipe")
     given = {name: getattr(recipe, name) for name in ("checkpoint", "data", "images", "out")}
     placed = {name: path.parent / value for name, value in given.items() if value is not None}
     return recipe.model_copy(update=placed)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Raises UsageError for a file that is missing or no TOML."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise UsageError(f"cannot read {path}: {exc.strerror}", fix="name an existing recipe") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise UsageError(f"{path} is not TOML: {exc}", fix="correct that line") from exc
