@@ -29,12 +29,14 @@ from edge_rsvlm.export.onnx_folder.reading import layout, read_onnx_folder
 from edge_rsvlm.export.precheck import check_places
 from edge_rsvlm.export.recipe import Recipe
 from edge_rsvlm.export.skeleton import skeleton
+from edge_rsvlm.export.sliced import SlicedSession
 from edge_rsvlm.export.steps.compile_onnx import compile_onnx
-from edge_rsvlm.export.steps.make_bundle import make_bundle
+from edge_rsvlm.export.steps.make_bundle import MEASURED_BYTES, make_bundle
 from edge_rsvlm.export.steps.merge_lora import ModelWeights, merge_lora, merged_weights, resolution
 from edge_rsvlm.export.steps.parity import Parity, parity
 from edge_rsvlm.export.steps.take_onnx import take_onnx
-from edge_rsvlm.verify import verify
+from edge_rsvlm.types import InferenceSession
+from edge_rsvlm.verify import cpu_graph, verify
 
 Report = Callable[[str, int, int], None]
 """(step, done, in all)."""
@@ -116,12 +118,11 @@ class Chain:
         if self.recipe.adapters:
             raise UsageError("adapters cannot be merged into ONNX files", fix="export from the checkpoint's weights")
         checked = self._checked("onnx")
-        kept = self.recipe.model_dump(mode="json", include={"bundle", "prompts"}) | {"name": self.recipe.name}
 
         def make(folder: Path) -> dict[str, Any]:
             return take_onnx(read_onnx_folder(self.recipe.checkpoint), self.recipe, folder)
 
-        taken = self._step("take_onnx", kept, [checked], make)
+        taken = self._step("take_onnx", self.recipe.settings, [checked], make)
         make_bundle([checked, taken], taken, taken, self.recipe.allow, self.recipe.out)
         self._verified()
         return self.recipe.out
@@ -155,9 +156,8 @@ class Chain:
 
     def _compiled(self, before: Artifact, weights: ModelWeights, adapters: Sequence[KeptAdapter]) -> Artifact:
         source = Source(self.checkpoint.folder, weights.config)
-        kept = self.recipe.model_dump(mode="json", include={"target", "bundle", "prompts"})
         files = {choice.bundle_name: [choice.weight, _hashes(choice.path)] for choice in self.recipe.kept}
-        config = {**kept, "name": self.recipe.name, "adapters": files}
+        config = {**self.recipe.settings, "adapters": files}
 
         def make(folder: Path) -> dict[str, Any]:
             return compile_onnx(
@@ -188,7 +188,7 @@ class Chain:
         )
 
     def _verified(self) -> None:
-        report = verify(self.recipe.out, Rules(allow_unsigned=True, allow_older=True))
+        report = verify(self.recipe.out, Rules(allow_unsigned=True, allow_older=True), _open_graph)
         if not report.passed:
             problems = "; ".join(problem.message for problem in report.problems)
             raise BundleError(f"the new bundle does not verify: {problems}", fix="remove it, and export it again")
@@ -212,6 +212,12 @@ class Chain:
 
 def _hashes(folder: Path) -> dict[str, str]:
     return {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _open_graph(path: Path) -> InferenceSession:
+    """Whole as on the device, or by slices where the export shall not need that memory."""
+    weights = path.with_name(f"{path.name}.data")
+    return SlicedSession(path) if weights.exists() and weights.stat().st_size > MEASURED_BYTES else cpu_graph(path)
 
 
 def run_export(recipe: Recipe, report: Report) -> Path:

@@ -22,15 +22,25 @@ resolution_m = [0.3, 1.0]                # ground resolution it was trained for;
 [prompts]                                # instead of the family's own
 caption = "Describe this image."
 label = "a satellite photo of {label}."  # for classify, search and detect by words
+ground = "[refer] {text}"                # how it is asked for boxes, with [boxes]
+
+[boxes]                                  # how it writes them: four numbers between open and close
+open = "{"
+close = "|"
+scale = 100                              # of which they are shares; left out: pixels of the prepared image
+
+[images]
+max_pixels = 1048576                     # where a model takes images of any size (Qwen2-VL)
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from edge_rsvlm.config.manifest import BoxFormat
 from edge_rsvlm.config.model import Model
 from edge_rsvlm.config.toml import load_toml
 
@@ -68,6 +78,12 @@ class Prompts(Model):
 
     caption: str | None = None
     label: str | None = Field(default=None, pattern=r"\{label\}")
+    ground: str | None = Field(default=None, pattern=r"\{text\}")
+
+
+class Images(Model):
+    max_pixels: int = Field(default=1 << 20, gt=0)
+    """Published settings allow an order more, and attention takes memory with the square of it."""
 
 
 class Recipe(Model):
@@ -81,6 +97,8 @@ class Recipe(Model):
     adapters: tuple[AdapterChoice, ...] = ()
     bundle: BundleFacts = BundleFacts()
     prompts: Prompts = Prompts()
+    boxes: BoxFormat | None = None
+    images: Images = Images()
     allow: tuple[Gate, ...] = ()
     """Gates whose failure does not stop the export; recorded in the bundle."""
 
@@ -95,6 +113,12 @@ class Recipe(Model):
     @property
     def precision(self) -> str:
         return self.target.partition(":")[2]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides how graphs and manifest come out, beside the checkpoint and its adapters."""
+        said = self.model_dump(mode="json", include={"target", "bundle", "prompts", "boxes", "images"})
+        return {**said, "name": self.name}
 
     @property
     def name(self) -> str:

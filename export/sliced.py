@@ -7,7 +7,7 @@ read stay alive.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,17 @@ Arrays = dict[str, NDArray[Any]]
 
 SLICE_BYTES = 256 << 20
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+@dataclass(frozen=True)
+class SlicedSession:
+    """A graph as an engine's session that holds a slice of it at a time."""
+
+    path: Path
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        found = dict(run_sliced(self.path, inputs, set(outputs)))
+        return [found[name] for name in outputs]
 
 
 @dataclass(frozen=True)

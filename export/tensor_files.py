@@ -48,6 +48,8 @@ def altered_tensors(folder: Path, files: Collection[str], known: Mapping[str, Ma
     """Names of the tensors in ``files`` of ``folder`` that are not as in ``known``; none where a file is no file."""
     changed: dict[str, None] = {}
     for name in dict.fromkeys(name.removesuffix(DATA_SUFFIX) for name in files):
+        if not name.endswith(SUFFIXES):
+            continue
         before = known.get(name, {})
         try:
             now = {tensor.name: tensor.sha256() for tensor in _tensors(folder / name)}

@@ -31,7 +31,8 @@ def compare_weights(path: Path, transposed: Mapping[str, bool], expected: Callab
     errors = {}
     for name, swapped in transposed.items():
         tensor = expected(name)
-        errors[name] = _error(stored[name], tensor.t() if swapped else tensor) if name in stored else float("inf")
+        found = stored.pop(name, None)  # what was mapped is let go with it
+        errors[name] = float("inf") if found is None else _error(found, tensor.t() if swapped else tensor)
     return errors
 
 

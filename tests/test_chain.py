@@ -27,16 +27,28 @@ from PIL import Image  # noqa: E402
 
 from edge_rsvlm.cli import cli  # noqa: E402
 from edge_rsvlm.tasks import generate  # noqa: E402
+from edge_rsvlm.tasks.search import RepetitionPenalty, greedy  # noqa: E402
 from tests import tiny_checkpoints, tiny_generators  # noqa: E402
 from tests import transformers_says as says  # noqa: E402
 
 SLOW = os.environ.get("EDGE_RSVLM_SLOW") == "1"
+PUBLISHED = {"do_sample": True, "temperature": 1e-6, "top_k": 1, "top_p": 0.8}
+
+
+def penalising(folder, penalty, **how):
+    """A checkpoint with the settings of generation that Qwen2.5-VL is published with."""
+    (tiny_generators.qwen if "version" in how else tiny_generators.idefics3)(folder, **how)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **PUBLISHED, "repetition_penalty": penalty}))
+    return folder
+
+
 GENERATORS = {
     "llava": tiny_generators.llava,
     "idefics3": tiny_generators.idefics3,
-    "smolvlm": lambda folder: tiny_generators.idefics3(folder, smol=True),
+    "smolvlm": lambda folder: penalising(folder, 1.4, smol=True),
     "qwen2_vl": tiny_generators.qwen,
-    "qwen2_5_vl": lambda folder: tiny_generators.qwen(folder, version="qwen2_5_vl"),
+    "qwen2_5_vl": lambda folder: penalising(folder, 1.05, version="qwen2_5_vl"),
     "blip_2": tiny_generators.blip_2,
 }
 DUALS, OWLS, CLASSIFIERS = ("clip", "siglip", "align", "swin_bert"), ("owlvit", "owlv2"), ("vilt", "visual_bert")
@@ -60,7 +72,7 @@ SAVED = {
 
 def cases():
     fast = [
-        ("clip", "4x", "f16", None), ("qwen2_5_vl", "4x", "f32", "two"), ("owlv2", "5x", "f32", "saved"), ("owlv2", "5x", "f32", None), ("owlvit", "5x", "f32", None), ("owlv2", "5x", "f32", "lora"),
+        ("clip", "4x", "f16", None), ("qwen2_5_vl", "4x", "f32", "two"), ("owlv2", "5x", "f32", "saved"),
         ("llava", "5x", "f32", "lora"), ("vilt", "4x", "f32", None),
     ]  # fmt: skip
     if not SLOW:
@@ -76,12 +88,14 @@ def folders(tmp_path_factory):
     """Checkpoints by name and layout, adapters by name and kind, images; each made once."""
 
     @cache
-    def checkpoint(name, layout="5x"):
+    def checkpoint(name, layout):
         folder = tmp_path_factory.mktemp(f"{name}-{layout}")
         if layout == "5x":
             {**GENERATORS, **ENCODERS}[name](folder)
             return folder
-        shutil.copytree(checkpoint(name), folder, dirs_exist_ok=True)  # a tokenizer trained again would be another
+        shutil.copytree(
+            checkpoint(name, "5x"), folder, dirs_exist_ok=True
+        )  # a tokenizer trained again would be another
         return (tiny_generators if name in GENERATORS else tiny_checkpoints).as_4x(folder)
 
     @cache
@@ -89,7 +103,7 @@ def folders(tmp_path_factory):
         found = []
         for seed, (config, weight) in enumerate(zip(ADAPTERS[kind], WEIGHTS[kind], strict=True)):
             folder = tmp_path_factory.mktemp(f"{name}-{kind}-{seed}")
-            found.append((save_adapter(name, checkpoint(name), config, folder, kind, seed), weight))
+            found.append((save_adapter(name, checkpoint(name, "5x"), config, folder, kind, seed), weight))
         return found
 
     @cache
@@ -155,7 +169,7 @@ def test_the_bundle_answers_as_transformers_does(name, layout, target, kind, fol
         + '[prompts]\nlabel = "a photo of {label}."\n'
     )
     assert edge("export", "run", recipe).strip() == str(out)
-    model = says.model_of(folders.checkpoint(name), adapters)
+    model = says.model_of(folders.checkpoint(name, "5x"), adapters)
     images = folders.images() if name != "visual_bert" else {"regions": regions(tmp_path)}
     check = (
         check_generator
@@ -164,7 +178,7 @@ def test_the_bundle_answers_as_transformers_does(name, layout, target, kind, fol
     )
     for path in images.values():
         check(
-            folders.checkpoint(name),
+            folders.checkpoint(name, "5x"),
             model,
             path,
             ["--bundle", out, "--allow-unsigned", "--json"],
@@ -188,6 +202,28 @@ def check_generator(folder, model, path, bundle, tolerance, monkeypatch):
     assert isinstance(caption["caption"], str)
 
 
+def test_repeated_tokens_are_penalised_as_in_transformers():
+    """Rows that move and double, ids beyond the vocabulary, logits of both signs."""
+    random = np.random.default_rng(3)
+    logits, prompt = random.normal(size=(4, 2, 9)).astype(np.float32), np.array([3, 3, 12, 0])
+    penalty = RepetitionPenalty(1.7, prompt, lambda tokens, rows: logits[1][: len(rows)])
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(1.7)
+
+    def expected(histories, values):
+        return np.stack(
+            [theirs(torch.tensor([h]), torch.from_numpy(v)[None])[0] for h, v in zip(histories, values, strict=True)]
+        )
+
+    histories = [[*prompt], [*prompt]]
+    np.testing.assert_array_equal(penalty.first(logits[0]), expected(histories, logits[0]))
+    histories = [[*histories[1], 5], [*histories[1], 7]]
+    moved = penalty.advance(np.array([5, 7]), np.array([1, 1]))
+    np.testing.assert_array_equal(moved, expected(histories, logits[1]))
+    histories = [[*histories[1], 1], [*histories[0], 2]]
+    moved = penalty.advance(np.array([1, 2]), np.array([1, 0]))
+    np.testing.assert_array_equal(moved, expected(histories, logits[1]))
+
+
 class Seen:
     """What the runtime's greedy search is given and what it chooses, while the test runs."""
 
@@ -196,8 +232,6 @@ class Seen:
         monkeypatch.setattr(generate, "greedy", self)
 
     def __call__(self, logits_NV, advance, stop):
-        from edge_rsvlm.tasks.search import greedy
-
         self.logits.append(logits_NV[0])
 
         def next_logits(tokens, rows):
@@ -238,7 +272,6 @@ def check_owl(folder, model, path, bundle, tolerance, monkeypatch):
         for _, score, (x0, y0, x1, y1) in theirs
         if min(x1, image.width) > max(x0, 0) and min(y1, image.height) > max(y0, 0)
     ]
-    print("OURS", sorted(found, key=lambda b: -b["score"])[:3], "THEIRS", theirs[:5], image.size)
     assert found and abs(max(box["score"] for box in found) - inside[0]) < tolerance
     for box in found:
         x, y, w, h = box["box"]

@@ -49,9 +49,13 @@ def prompt(folder: Path, image, question: str) -> dict:
         return _prompt_by_hand(folder, kind, image, question)
     processor = AutoProcessor.from_pretrained(folder)
     if kind == "blip-2":
+        processor.num_query_tokens = AutoConfig.from_pretrained(folder).num_query_tokens
         return processor(images=image, text=f"Question: {question} Answer:", return_tensors="pt")
     if kind == "llava":
         processor.num_additional_image_tokens = 1  # CLIP's class token, which old checkpoints do not mention
+    if kind == "idefics3":
+        config, side = AutoConfig.from_pretrained(folder), processor.image_processor.max_image_size["longest_edge"]
+        processor.image_seq_len = (side // config.vision_config.patch_size // config.scale_factor) ** 2
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     template = (folder / "chat_template.jinja").read_text()
     text = processor.apply_chat_template(turn, chat_template=template, add_generation_prompt=True)

@@ -79,12 +79,24 @@ def tasks(recipe: Recipe, description: Description, session_bytes: int) -> dict[
     """The family's tasks with what the recipe says of them."""
     memory = {"session_bytes": session_bytes, "tile_bytes": TILE_BYTES, "measured": False}
     found: dict[str, Any] = {verb: {**task, "memory": memory} for verb, task in description.tasks.items()}
+    if recipe.prompts.ground and recipe.boxes and "ask" in found:
+        question = found["ask"]["prompt"].replace("{text}", recipe.prompts.ground)
+        found["ground"] = {**found["ask"], "prompt": question, "boxes": recipe.boxes.model_dump()}
     for task in found.values():
-        if recipe.bundle.resolution_m and task.get("input"):
-            task["input"] = {**task["input"], "resolution_m": recipe.bundle.resolution_m}
+        if task.get("input"):
+            task["input"] = _input(recipe, task["input"])
         for key in ("label_prompt", "query_prompt"):
             if recipe.prompts.label and key in task:
                 task[key] = recipe.prompts.label
     if recipe.prompts.caption and "ask" in found and "caption" in found:
         found["caption"]["prompt"] = found["ask"]["prompt"].replace("{text}", recipe.prompts.caption)
     return found
+
+
+def _input(recipe: Recipe, spec: dict[str, Any]) -> dict[str, Any]:
+    most = recipe.images.max_pixels
+    steps = [
+        {**step, "max_pixels": min(step["max_pixels"], most)} if step["op"] == "smart_resize" else step
+        for step in spec.get("prepare", ())
+    ]
+    return {**spec, "prepare": steps, "resolution_m": recipe.bundle.resolution_m or spec["resolution_m"]}
