@@ -93,7 +93,7 @@ def _stored(path: Path) -> list[TensorBytes]:
 
 def _initialisers(path: Path) -> list[TensorBytes]:
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         graph = onnx.load(path, load_external_data=False).graph

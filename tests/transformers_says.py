@@ -34,12 +34,12 @@ def model_of(folder: Path, adapters: Sequence[tuple[Path, float]] = ()):
 
 @torch.no_grad()
 def generated(folder: Path, model, image, question: str) -> tuple[list[int], np.ndarray]:
-    """Tokens of greedy generation, and the logits [T, V] before any penalty that they were chosen by."""
+    """Tokens of greedy generation, and the logits [T, V] that they were chosen by."""
     answer = model.generate(
         **prompt(folder, image, question), max_new_tokens=TOKENS, do_sample=False, return_dict_in_generate=True,
-        output_logits=True,
+        output_scores=True,
     )  # fmt: skip
-    logits = torch.cat(answer.logits).numpy()
+    logits = torch.cat(answer.scores).numpy()
     return answer.sequences[0, -len(logits) :].tolist(), logits
 
 

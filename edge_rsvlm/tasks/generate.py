@@ -69,11 +69,24 @@ class Generator:
         answers: list[Tokens] = [np.zeros(0, np.int64)] * len(images)
         for layout, members in groups.items():
             pixels_NKCHW = np.stack([images[n].pixels_KCHW for n in members])
-            # Tile by tile: a split image then needs no more memory than a small one.
-            visual = [self._visual(self._encode(pixels_NKCHW[:, k])) for k in range(layout.tiles)]
-            for n, answer in zip(members, self._answer(np.concatenate(visual, 1), layout, text, sampling), strict=True):
+            found = self._answer(self._see(pixels_NKCHW), layout, text, sampling)
+            for n, answer in zip(members, found, strict=True):
                 answers[n] = answer
         return answers
+
+    def follow(self, image: PreparedImage, text: str, answer_T: Tokens) -> NDArray[np.float32]:
+        """Logits [T, V] by which each token of a given answer would be chosen after those before it."""
+        logits_NV, advance = self._start(self._see(image.pixels_KCHW[None]), _layout(image), text)
+        found = [
+            logits_NV[0],
+            *(advance(answer_T[t : t + 1], np.zeros(1, np.int64))[0] for t in range(len(answer_T) - 1)),
+        ]
+        return np.stack(found)
+
+    def _see(self, pixels_NKCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Visual tokens of images, tile by tile: a split image then needs no more memory than a small one."""
+        tiles = range(pixels_NKCHW.shape[1])
+        return np.concatenate([self._visual(self._encode(pixels_NKCHW[:, k])) for k in tiles], axis=1)
 
     def from_features(self, features: Features, text: str, sampling: Sampling | None = None) -> list[str]:
         """One answer per tile of ``tile_px``, from features [N, ...] that its encoder has given already."""
@@ -121,6 +134,11 @@ class Generator:
         self, visual_NTD: NDArray[np.float32], layout: Layout, text: str, sampling: Sampling | None
     ) -> list[Tokens]:
         stop = self._stop(sampling)
+        logits_NV, advance = self._start(visual_NTD, layout, text)
+        return self._search(logits_NV, advance, stop, sampling)
+
+    def _start(self, visual_NTD: NDArray[np.float32], layout: Layout, text: str) -> tuple[NDArray[np.float32], Advance]:
+        """Logits of the first token, and what goes on from there."""
         ids_S = self._ids(self._prompt(layout, text))
         embeds_NSD, visual_S = self._read(visual_NTD, ids_S)
         if self._spec.positions == "mrope":
@@ -134,9 +152,9 @@ class Generator:
 
         logits_NV = decoder.read(embeds_NSD, positions)
         if self._spec.repetition_penalty == 1:
-            return self._search(logits_NV, advance, stop, sampling)
+            return logits_NV, advance
         penalty = RepetitionPenalty(self._spec.repetition_penalty, ids_S, advance)
-        return self._search(penalty.first(logits_NV), penalty.advance, stop, sampling)
+        return penalty.first(logits_NV), penalty.advance
 
     def _stop(self, sampling: Sampling | None) -> Stop:
         limit = self._spec.max_tokens

@@ -35,7 +35,8 @@ the same place as one of those ({facts.left_out} of them) was trained on. The of
 On held-out images, through the whole pipeline, with bootstrap 95 % intervals over images. The threshold of boxes
 ({facts.detect_threshold:.3g}) was chosen on crops of training images, that of change ({facts.change_threshold:.3g}) on
 held-out cities: what the others choose is {others}. That Sentinel-2 pairs are compared at 6.4 m, the coarse end of the
-resolutions trained on, was chosen on these two cities as well: take their score as a little too high.
+resolutions trained on, and that a pair's probabilities are averaged with those of its mirror image, was chosen on these
+two cities as well: take their score as a little too high.
 
 | data | measure | value | 95 % interval | images |
 |---|---|---|---|---|

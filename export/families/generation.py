@@ -32,7 +32,7 @@ NOT_KNOWN = (
     "suppress_tokens", "watermarking_config",
 )  # fmt: skip
 """Settings of generation_config.json that change greedy answers, and that no task of a manifest has."""
-NEUTRAL = (None, 0, 1.0, [], ())
+NEUTRAL: tuple[object, ...] = (None, 0, 1.0, [], ())
 
 
 @dataclass(frozen=True)
