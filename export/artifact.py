@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edge_rsvlm.errors import InputError
-from edge_rsvlm.export.tensor_files import altered_tensors, tensor_digests
+from edge_rsvlm.export.graphs.tensor_files import altered_tensors, tensor_digests
 
 WEIGHTS_NAME = "weights.safetensors"
 MANIFEST_NAME = "artifact.json"

@@ -82,7 +82,7 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> Manifest:
 
 def measured_memory(folder: Path, task: str) -> dict[str, Any]:
     """``memory`` of a task of the bundle in ``folder``, measured in a process of its own."""
-    command = [sys.executable, "-m", "edge_rsvlm.export.measure_memory", str(folder), task]
+    command = [sys.executable, "-m", "edge_rsvlm.export.proof.measure_memory", str(folder), task]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BundleError(f"measuring '{task}' failed: {done.stderr.strip()[-400:]}", fix="see the message above")

@@ -20,16 +20,16 @@ from edge_rsvlm.export.adapters.kept import KeptAdapter, check_names, keep_apart
 from edge_rsvlm.export.adapters.reading import Adapter, read_adapter
 from edge_rsvlm.export.adapters.resolve import Resolution
 from edge_rsvlm.export.artifact import Artifact, build, file_hash, tools
-from edge_rsvlm.export.checkpoint import Checkpoint, LazyTensor, has_weights
+from edge_rsvlm.export.checkpoint.reading import Checkpoint, LazyTensor, has_weights
+from edge_rsvlm.export.checkpoint.skeleton import skeleton
 from edge_rsvlm.export.explain import explain, explain_foreign, misfit
 from edge_rsvlm.export.families.base import Family, Source
 from edge_rsvlm.export.families.registry import family_of, open_source
-from edge_rsvlm.export.gates import table
+from edge_rsvlm.export.graphs.sliced import SlicedSession
 from edge_rsvlm.export.onnx_folder.reading import layout, read_onnx_folder
 from edge_rsvlm.export.precheck import check_places
+from edge_rsvlm.export.proof.gates import table
 from edge_rsvlm.export.recipe import Recipe
-from edge_rsvlm.export.skeleton import skeleton
-from edge_rsvlm.export.sliced import SlicedSession
 from edge_rsvlm.export.steps.compile_onnx import compile_onnx
 from edge_rsvlm.export.steps.make_bundle import MEASURED_BYTES, make_bundle
 from edge_rsvlm.export.steps.merge_lora import ModelWeights, merge_lora, merged_weights, resolution

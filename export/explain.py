@@ -10,9 +10,9 @@ from torch import nn
 
 from edge_rsvlm import profiles
 from edge_rsvlm.config.units import format_bytes
+from edge_rsvlm.export.checkpoint.skeleton import skeleton
 from edge_rsvlm.export.families.base import Family, Source
 from edge_rsvlm.export.recipe import Recipe
-from edge_rsvlm.export.skeleton import skeleton
 
 BYTES_PER_PARAMETER = {"f32": 4, "f16": 2}
 ARITHMETIC_BYTES = 4

@@ -19,11 +19,11 @@ from transformers import AutoConfig  # noqa: E402
 from edge_rsvlm.config.manifest import Graph, Tasks  # noqa: E402
 from edge_rsvlm.config.model import parse  # noqa: E402
 from edge_rsvlm.errors import BundleError  # noqa: E402
-from edge_rsvlm.export import external_data  # noqa: E402
-from edge_rsvlm.export.checkpoint import open_checkpoint  # noqa: E402
+from edge_rsvlm.export.checkpoint.reading import open_checkpoint  # noqa: E402
 from edge_rsvlm.export.families.base import Arrays, Description, Family, GraphPlan, Source  # noqa: E402
 from edge_rsvlm.export.families.registry import family_of  # noqa: E402
-from edge_rsvlm.export.tracing import trace  # noqa: E402
+from edge_rsvlm.export.graphs import external_data  # noqa: E402
+from edge_rsvlm.export.graphs.tracing import trace  # noqa: E402
 
 MEMORY = {"session_bytes": 1, "tile_bytes": 1}
 

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from edge_rsvlm.cli import cli  # noqa: E402
 from edge_rsvlm.errors import EdgeRsvlmError  # noqa: E402
-from edge_rsvlm.export import external_data  # noqa: E402
 from edge_rsvlm.export.artifact import file_hash  # noqa: E402
+from edge_rsvlm.export.graphs import external_data  # noqa: E402
 from edge_rsvlm.export.steps import merge_lora, parity  # noqa: E402
 from tests import tiny_checkpoints, tiny_generators  # noqa: E402
 from tests import transformers_says as says  # noqa: E402

@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="needs transformers: not installed")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from edge_rsvlm.export.checkpoint import open_checkpoint  # noqa: E402
+from edge_rsvlm.export.checkpoint.reading import open_checkpoint  # noqa: E402
 from tests.tiny_weights import CONFIGS, tiny  # noqa: E402
 
 OLD_NAMES = {

@@ -23,7 +23,7 @@ from edge_rsvlm.export.adapters.reading import read_adapter  # noqa: E402
 from edge_rsvlm.export.adapters.resolve import resolve  # noqa: E402
 from edge_rsvlm.export.adapters.updates import merge  # noqa: E402
 from edge_rsvlm.export.chain import run_export  # noqa: E402
-from edge_rsvlm.export.checkpoint import MemoryTensor  # noqa: E402
+from edge_rsvlm.export.checkpoint.reading import MemoryTensor  # noqa: E402
 from edge_rsvlm.export.default import finetune as captions  # noqa: E402
 from edge_rsvlm.export.default.checkpoint import DefaultModel, is_stages, open_stages  # noqa: E402
 from edge_rsvlm.export.default.data import contents  # noqa: E402

@@ -10,8 +10,8 @@ pytest.importorskip("sentencepiece", reason="Llama's tokenizer is a sentencepiec
 
 from edge_rsvlm.bundle import load_bundle  # noqa: E402
 from edge_rsvlm.errors import BundleError, UsageError  # noqa: E402
-from edge_rsvlm.export import switching  # noqa: E402
 from edge_rsvlm.export.chain import run_export  # noqa: E402
+from edge_rsvlm.export.graphs import switching  # noqa: E402
 from edge_rsvlm.export.recipe import load_recipe  # noqa: E402
 from tests import tiny_generators as tiny  # noqa: E402
 from tests.test_switching import save_adapter  # noqa: E402

@@ -11,13 +11,13 @@ pytest.importorskip("transformers", reason="needs transformers: not installed")
 import onnxruntime  # noqa: E402
 from onnx import TensorProto, helper  # noqa: E402
 
-from edge_rsvlm.export import external_data  # noqa: E402
-from edge_rsvlm.export.checkpoint import MemoryTensor, open_checkpoint  # noqa: E402
+from edge_rsvlm.export.checkpoint.reading import MemoryTensor, open_checkpoint  # noqa: E402
+from edge_rsvlm.export.checkpoint.streaming import streamed_model  # noqa: E402
 from edge_rsvlm.export.families.causal_decoder import TextModel, decoder_plan  # noqa: E402
-from edge_rsvlm.export.layer_parity import compare_layers, first_above  # noqa: E402
-from edge_rsvlm.export.sliced import run_sliced  # noqa: E402
-from edge_rsvlm.export.streaming import streamed_model  # noqa: E402
-from edge_rsvlm.export.tracing import trace  # noqa: E402
+from edge_rsvlm.export.graphs import external_data  # noqa: E402
+from edge_rsvlm.export.graphs.sliced import run_sliced  # noqa: E402
+from edge_rsvlm.export.graphs.tracing import trace  # noqa: E402
+from edge_rsvlm.export.proof.layers import compare_layers, first_above  # noqa: E402
 from tests.tiny_weights import tiny  # noqa: E402
 
 

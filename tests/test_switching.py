@@ -23,17 +23,17 @@ import onnx  # noqa: E402
 
 from edge_rsvlm import verify  # noqa: E402
 from edge_rsvlm.bundle import load_bundle  # noqa: E402
-from edge_rsvlm.export import external_data  # noqa: E402
 from edge_rsvlm.export.adapters.kept import check_names, keep_apart  # noqa: E402
 from edge_rsvlm.export.adapters.reading import read_adapter  # noqa: E402
 from edge_rsvlm.export.bundle_writer import probe_case, write_manifest  # noqa: E402
-from edge_rsvlm.export.checkpoint import open_checkpoint  # noqa: E402
+from edge_rsvlm.export.checkpoint.reading import open_checkpoint  # noqa: E402
+from edge_rsvlm.export.checkpoint.skeleton import skeleton  # noqa: E402
 from edge_rsvlm.export.families.base import Source  # noqa: E402
 from edge_rsvlm.export.families.registry import family_of  # noqa: E402
-from edge_rsvlm.export.probe import prepared, probe_image  # noqa: E402
-from edge_rsvlm.export.skeleton import skeleton  # noqa: E402
-from edge_rsvlm.export.switching import input_names, switchable, unused, write_adapters  # noqa: E402
-from edge_rsvlm.export.tracing import trace  # noqa: E402
+from edge_rsvlm.export.graphs import external_data  # noqa: E402
+from edge_rsvlm.export.graphs.switching import input_names, switchable, unused, write_adapters  # noqa: E402
+from edge_rsvlm.export.graphs.tracing import trace  # noqa: E402
+from edge_rsvlm.export.proof.probe import prepared, probe_image  # noqa: E402
 from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine  # noqa: E402
 from edge_rsvlm.pipeline.session import Limits, Session  # noqa: E402
 from edge_rsvlm.tasks.search import Sampling  # noqa: E402

@@ -16,13 +16,13 @@ import onnxruntime  # noqa: E402
 from torch import nn  # noqa: E402
 
 from edge_rsvlm.errors import InputError, UsageError  # noqa: E402
-from edge_rsvlm.export import external_data  # noqa: E402
-from edge_rsvlm.export.checkpoint import MemoryTensor  # noqa: E402
-from edge_rsvlm.export.external_data import write  # noqa: E402
+from edge_rsvlm.export.checkpoint.reading import MemoryTensor  # noqa: E402
+from edge_rsvlm.export.checkpoint.skeleton import skeleton  # noqa: E402
 from edge_rsvlm.export.families.base import GraphInput, GraphPlan  # noqa: E402
 from edge_rsvlm.export.families.causal_decoder import TextModel, decoder_plan, embed_plan  # noqa: E402
-from edge_rsvlm.export.skeleton import skeleton  # noqa: E402
-from edge_rsvlm.export.tracing import trace  # noqa: E402
+from edge_rsvlm.export.graphs import external_data  # noqa: E402
+from edge_rsvlm.export.graphs.external_data import write  # noqa: E402
+from edge_rsvlm.export.graphs.tracing import trace  # noqa: E402
 from tests.tiny_weights import CONFIGS, tiny  # noqa: E402
 
 GRAPHS = {"llava": ("decoder", "embed"), "qwen2_vl": ("embed",)}

@@ -20,7 +20,7 @@ from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.export.adapters.reading import Adapter
 from edge_rsvlm.export.adapters.resolve import Updates, resolve
 from edge_rsvlm.export.adapters.updates import LowRank, Replace, Rows, Shift, Update
-from edge_rsvlm.export.checkpoint import LazyTensor
+from edge_rsvlm.export.checkpoint.reading import LazyTensor
 
 LISTED = 4
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"

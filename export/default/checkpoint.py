@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from edge_rsvlm.errors import InputError
 from edge_rsvlm.export import artifact
-from edge_rsvlm.export.checkpoint import Checkpoint, LazyTensor, list_safetensors
+from edge_rsvlm.export.checkpoint.reading import Checkpoint, LazyTensor, list_safetensors
 from edge_rsvlm.export.default.describe import THRESHOLDS_NAME
 from edge_rsvlm.export.default.model.change import ChangeHead
 from edge_rsvlm.export.default.model.decoder import Captioner, DecoderConfig

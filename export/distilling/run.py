@@ -23,7 +23,7 @@ from torch import nn
 
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.artifact import file_hash, tools
-from edge_rsvlm.export.checkpoint import Checkpoint, open_checkpoint
+from edge_rsvlm.export.checkpoint.reading import Checkpoint, open_checkpoint
 from edge_rsvlm.export.distilling.answers import AnswerGradients, check_vocabularies
 from edge_rsvlm.export.distilling.captions import Captioned, Written, requests, write_captions
 from edge_rsvlm.export.distilling.data import Item, asked, items, read_data

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import VisionTextDualEncoderModel
 
 from edge_rsvlm.errors import UsageError
-from edge_rsvlm.export.checkpoint import open_checkpoint
+from edge_rsvlm.export.checkpoint.reading import open_checkpoint
 from edge_rsvlm.export.families.base import Arrays, Description, Family, GraphInput, GraphPlan, Source
 from edge_rsvlm.export.families.image_processors import fixed_size, input_spec, load_image_processor
 from edge_rsvlm.export.families.tokenizers import FILE, load_tokenizer, tokenizer_fields, tokenizer_json

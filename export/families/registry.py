@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edge_rsvlm.errors import UsageError
-from edge_rsvlm.export.checkpoint import Checkpoint, open_checkpoint
+from edge_rsvlm.export.checkpoint.reading import Checkpoint, open_checkpoint
 from edge_rsvlm.export.default.checkpoint import is_stages, open_stages
 from edge_rsvlm.export.default.family import Default
 from edge_rsvlm.export.families.align import Align

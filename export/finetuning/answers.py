@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edge_rsvlm.export.checkpoint import Checkpoint
+from edge_rsvlm.export.checkpoint.reading import Checkpoint
 from edge_rsvlm.export.families.base import Family
 from edge_rsvlm.export.finetuning.loop import Process
 from edge_rsvlm.export.finetuning.samples import Encoded, Sample

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from edge_rsvlm.errors import InputError, UsageError
-from edge_rsvlm.export.checkpoint import has_weights
+from edge_rsvlm.export.checkpoint.reading import has_weights
 from edge_rsvlm.export.families.base import Description, Source
 from edge_rsvlm.export.families.dual_encoder import EMBEDDING, IMAGE, TEXT, DualEncoder, tiles_input
 from edge_rsvlm.export.families.image_processors import load_image_processor

@@ -22,7 +22,7 @@ from typing import Any
 from onnx import TensorProto
 
 from edge_rsvlm.errors import UsageError
-from edge_rsvlm.export.checkpoint import read_config
+from edge_rsvlm.export.checkpoint.reading import read_config
 from edge_rsvlm.export.families.base import Description, Source
 from edge_rsvlm.export.families.clip import Clip
 from edge_rsvlm.export.families.dual_encoder import DualEncoder

@@ -9,14 +9,14 @@ from typing import Any
 
 from edge_rsvlm.export.adapters.kept import KeptAdapter
 from edge_rsvlm.export.bundle_writer import write_manifest
+from edge_rsvlm.export.checkpoint.skeleton import skeleton
 from edge_rsvlm.export.explain import memory_needed, parts
-from edge_rsvlm.export.external_data import Precision, write
 from edge_rsvlm.export.families.base import Description, Family, Source
+from edge_rsvlm.export.graphs.external_data import Precision, write
+from edge_rsvlm.export.graphs.switching import switchable, unused, write_adapters
+from edge_rsvlm.export.graphs.tracing import trace
 from edge_rsvlm.export.recipe import Recipe
-from edge_rsvlm.export.skeleton import skeleton
 from edge_rsvlm.export.steps.merge_lora import ModelWeights
-from edge_rsvlm.export.switching import switchable, unused, write_adapters
-from edge_rsvlm.export.tracing import trace
 
 BUNDLE, LAYERS, WEIGHTS = "bundle", "layers.json", "weights.json"
 PRECISIONS: dict[str, Precision] = {"f32": "f32", "f16": "f16"}

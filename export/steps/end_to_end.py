@@ -11,8 +11,8 @@ from torch import nn
 from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.manifest import AnswerTask, GenerateTask, OpenDetectTask
 from edge_rsvlm.export.families.base import Arrays, Family, Source
-from edge_rsvlm.export.gates import Check, Gate, agreement_check, tensor_checks
-from edge_rsvlm.export.probe import TEXT, prepared
+from edge_rsvlm.export.proof.gates import Check, Gate, agreement_check, tensor_checks
+from edge_rsvlm.export.proof.probe import TEXT, prepared
 from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, detect_task, search_task
 from edge_rsvlm.tasks.search import Sampling
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from edge_rsvlm.export.adapters.reading import Adapter
 from edge_rsvlm.export.adapters.resolve import Resolution, resolve
 from edge_rsvlm.export.adapters.updates import Update, merge
-from edge_rsvlm.export.checkpoint import Checkpoint, LazyTensor, list_safetensors
-from edge_rsvlm.export.external_data import Progress
-from edge_rsvlm.export.skeleton import skeleton
-from edge_rsvlm.export.weights_file import Pending, write_float32
+from edge_rsvlm.export.checkpoint.reading import Checkpoint, LazyTensor, list_safetensors
+from edge_rsvlm.export.checkpoint.skeleton import skeleton
+from edge_rsvlm.export.checkpoint.writing import Pending, write_float32
+from edge_rsvlm.export.graphs.external_data import Progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -24,16 +24,16 @@ from edge_rsvlm.export.adapters.kept import KeptAdapter
 from edge_rsvlm.export.adapters.resolve import Updates
 from edge_rsvlm.export.adapters.unmerged import Unmerged
 from edge_rsvlm.export.adapters.updates import merge
-from edge_rsvlm.export.checkpoint import Checkpoint, LazyTensor
+from edge_rsvlm.export.checkpoint.reading import Checkpoint, LazyTensor
+from edge_rsvlm.export.checkpoint.streaming import streamed_model
 from edge_rsvlm.export.families.base import Arrays, Family, GraphPlan, Source
-from edge_rsvlm.export.gates import GATES, Check, divergence_check, tensor_checks
-from edge_rsvlm.export.layer_parity import compare_layers, first_above
-from edge_rsvlm.export.probe import graph_inputs, probe_image
-from edge_rsvlm.export.sliced import run_sliced
+from edge_rsvlm.export.graphs.sliced import run_sliced
+from edge_rsvlm.export.proof.gates import GATES, Check, divergence_check, tensor_checks
+from edge_rsvlm.export.proof.layers import compare_layers, first_above
+from edge_rsvlm.export.proof.probe import graph_inputs, probe_image
+from edge_rsvlm.export.proof.weights import compare_weights
 from edge_rsvlm.export.steps.compile_onnx import BUNDLE, LAYERS, WEIGHTS, GraphProgress
 from edge_rsvlm.export.steps.end_to_end import end_to_end
-from edge_rsvlm.export.streaming import streamed_model
-from edge_rsvlm.export.weight_parity import compare_weights
 from edge_rsvlm.pipeline.adapters import read_adapter
 
 PROBES, FAILED = "probes", "failed checks"

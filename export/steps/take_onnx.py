@@ -15,10 +15,10 @@ from edge_rsvlm.bundle import Bundle, load_bundle
 from edge_rsvlm.config.manifest import GenerateTask, Graph
 from edge_rsvlm.export.bundle_writer import write_manifest
 from edge_rsvlm.export.families.base import Arrays, GraphInput
+from edge_rsvlm.export.graphs.sliced import run_sliced
 from edge_rsvlm.export.onnx_folder.parts import OnnxFolder
-from edge_rsvlm.export.probe import graph_inputs, probe_image
+from edge_rsvlm.export.proof.probe import graph_inputs, probe_image
 from edge_rsvlm.export.recipe import Recipe
-from edge_rsvlm.export.sliced import run_sliced
 from edge_rsvlm.export.steps.compile_onnx import BUNDLE, draft
 from edge_rsvlm.export.steps.parity import PROBES
 from edge_rsvlm.tasks.decoder import cache_names

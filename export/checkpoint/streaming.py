@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_rsvlm.export.checkpoint import LazyTensor
-from edge_rsvlm.export.skeleton import skeleton
+from edge_rsvlm.export.checkpoint.reading import LazyTensor
+from edge_rsvlm.export.checkpoint.skeleton import skeleton
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

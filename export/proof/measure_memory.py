@@ -1,6 +1,6 @@
 """What a task takes of anonymous memory: run in a fresh process, one thread, as the memory plan assumes.
 
-``python -m edge_rsvlm.export.measure_memory BUNDLE VERB`` prints ``{"session_bytes": ..., "tile_bytes": ...}``.
+``python -m edge_rsvlm.export.proof.measure_memory BUNDLE VERB`` prints ``{"session_bytes": ..., "tile_bytes": ...}``.
 """
 
 from __future__ import annotations

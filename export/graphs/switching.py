@@ -22,8 +22,8 @@ from torch import Tensor
 
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.adapters.kept import KeptAdapter
-from edge_rsvlm.export.external_data import HALF_MAX, Precision
-from edge_rsvlm.export.tracing import Traced
+from edge_rsvlm.export.graphs.external_data import HALF_MAX, Precision
+from edge_rsvlm.export.graphs.tracing import Traced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_rsvlm.errors import InputError
-from edge_rsvlm.export.checkpoint import LazyTensor
-from edge_rsvlm.export.tracing import Traced, Weight
+from edge_rsvlm.export.checkpoint.reading import LazyTensor
+from edge_rsvlm.export.graphs.tracing import Traced, Weight
 
 Precision = Literal["f32", "f16"]
 Progress = Callable[[int, int], None]

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edge_rsvlm.export.tensor_files import initialisers
+from edge_rsvlm.export.graphs.tensor_files import initialisers
 
 BLOCK_ELEMENTS = 4 << 20
 SMALLEST_RMS = 1e-5

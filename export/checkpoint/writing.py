@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edge_rsvlm.export.external_data import Progress
+from edge_rsvlm.export.graphs.external_data import Progress
 
 BLOCK_ELEMENTS = 4 << 20
 HEADER_ALIGNMENT = 8

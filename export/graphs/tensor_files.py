@@ -81,7 +81,7 @@ def _tensors(path: Path) -> list[TensorBytes]:
 
 def _stored(path: Path) -> list[TensorBytes]:
     from edge_rsvlm.errors import InputError
-    from edge_rsvlm.export.checkpoint import StoredTensor, list_safetensors
+    from edge_rsvlm.export.checkpoint.reading import StoredTensor, list_safetensors
 
     try:
         found = list_safetensors(path)

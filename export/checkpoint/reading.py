@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edge_rsvlm.errors import InputError
-from edge_rsvlm.export.skeleton import skeleton
-from edge_rsvlm.export.weight_names import match_names
+from edge_rsvlm.export.checkpoint.names import match_names
+from edge_rsvlm.export.checkpoint.skeleton import skeleton
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from edge_rsvlm.export.checkpoint.streaming import captured_outputs
 from edge_rsvlm.export.families.base import GraphPlan
-from edge_rsvlm.export.sliced import SLICE_BYTES, run_sliced
-from edge_rsvlm.export.streaming import captured_outputs
+from edge_rsvlm.export.graphs.sliced import SLICE_BYTES, run_sliced
 
 ROUNDING = 1e-7
 """Errors below are those of float32; growth counts from here."""

@@ -24,9 +24,9 @@ from torch._dynamo.exc import UserError
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from edge_rsvlm.errors import UsageError
+from edge_rsvlm.export.checkpoint.skeleton import skeleton
 from edge_rsvlm.export.families.base import GraphInput, GraphPlan
-from edge_rsvlm.export.graph_passes import fold_transposes, simplify, strip_notes, values_of
-from edge_rsvlm.export.skeleton import skeleton
+from edge_rsvlm.export.graphs.passes import fold_transposes, simplify, strip_notes, values_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

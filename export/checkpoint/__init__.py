@@ -1,0 +1,1 @@
+"""Checkpoints of transformers: read lazily, built empty, run without being held, written tensor by tensor."""
