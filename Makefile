@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	$(BIN)/edge-rsvlm demo
 
 test: $(VENV)/.developer
-	$(BIN)/python -m pytest tests $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile $(PYTEST_FLAGS)
 
 bench: $(VENV)/.developer
 	$(BIN)/python -m pytest benchmarks -s
