@@ -46,7 +46,6 @@ from edge_rsvlm.config.toml import load_toml
 
 Target = Literal["onnx:f32", "onnx:f16"]
 Gate = Literal["parity"]
-TARGETS: tuple[Target, ...] = ("onnx:f32", "onnx:f16")
 
 
 class AdapterChoice(Model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -140,10 +139,6 @@ def test_shards(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     assert len(checkpoint.files) > 2
     assert_equal(checkpoint, model_class, tmp_path)
-    assert checkpoint.sha256() == {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in (tmp_path / "config.json", *checkpoint.files)
-    }
 
 
 @pytest.mark.parametrize("archive", [True, False], ids=["zip", "before-torch-1.6"])

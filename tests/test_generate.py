@@ -358,12 +358,6 @@ def test_a_manifest_that_miscounts_visual_tokens_is_broken(make):
         make(recite(EOS), visual={"token": "<nope>", "per_tile": 3})
 
 
-def test_answers_from_features_that_another_head_has_paid_for(make):
-    generator = make(language(2), visual=INLINE, prompt="{image}<bos>{text}")
-    features = {"features": np.repeat(np.array([1.0, 2.0], np.float32)[:, None, None] * 100, 2, axis=1)}
-    assert generator.from_features(features, "a") == generator([image(1), image(2)], "a")
-
-
 def test_a_projection_turns_features_into_visual_tokens(make):
     seen = []
     generator = make(recite(EOS), encoder_outputs=("features",), project="p", seen=seen)

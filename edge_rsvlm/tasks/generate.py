@@ -88,12 +88,6 @@ class Generator:
         tiles = range(pixels_NKCHW.shape[1])
         return np.concatenate([self._visual(self._encode(pixels_NKCHW[:, k])) for k in tiles], axis=1)
 
-    def from_features(self, features: Features, text: str, sampling: Sampling | None = None) -> list[str]:
-        """One answer per tile of ``tile_px``, from features [N, ...] that its encoder has given already."""
-        tile_px = self._spec.input.tile_px
-        found = self._answer(self._visual(features), Layout(1, 1, 1, (tile_px, tile_px)), text, sampling)
-        return [self._text(tokens) for tokens in found]
-
     def prompt(self, image: PreparedImage, text: str) -> str:
         """What the model reads, as one string."""
         return self._prompt(_layout(image), text)

@@ -6,7 +6,6 @@ pickle: ``torch.load`` runs with ``weights_only=True``, and only to learn where 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pickle
@@ -34,7 +33,6 @@ SAFETENSORS_DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-HASH_BLOCK_BYTES = 1 << 20
 SEE_FORMATS = "give a folder with config.json and model.safetensors or pytorch_model.bin, whole or in shards"
 
 
@@ -108,10 +106,6 @@ class Checkpoint:
     config: PretrainedConfig
     files: tuple[Path, ...]
     tensors: Mapping[str, LazyTensor]
-
-    def sha256(self) -> dict[str, str]:
-        """Hashes of ``config.json`` and the weight files, by file name."""
-        return {path.name: _sha256(path) for path in (self.folder / "config.json", *self.files)}
 
     def weights(self, model_class: type[nn.Module], config: PretrainedConfig | None = None) -> dict[str, LazyTensor]:
         """Tensors by the names of ``model_class``'s state dict: every name, tied ones sharing one tensor.
@@ -237,14 +231,6 @@ def _list_pickled(path: Path) -> dict[str, LazyTensor]:
 def _pickled_entry(path: Path, name: str, fake: Tensor) -> StoredTensor:
     start = fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * fake.dtype.itemsize
     return StoredTensor(name, path, start, tuple(fake.shape), tuple(fake.stride()), fake.dtype)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _corrupt(path: Path) -> InputError:
