@@ -204,7 +204,7 @@ def _page_facts(manifest: Manifest, threads: int, seconds: float) -> PageFacts:
         ("bundle", f"{manifest.name}, version {manifest.version}"),
         ("what it is", manifest.description),
         ("licence", manifest.licence),
-        ("size", f"{format_bytes(size)}, {manifest.precision} on {manifest.engine}"),
+        ("size", f"{format_bytes(size)}, {manifest.precision}"),
         ("trained on", ", ".join(manifest.training_data) or "not stated"),
     )
     accuracy = tuple(

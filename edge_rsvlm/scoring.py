@@ -14,7 +14,7 @@ import importlib
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,13 +33,29 @@ RATES = ("precision", "recall", "F1")
 
 @dataclass(frozen=True)
 class Score:
-    """``label`` is a class or a pair, None for all together; ``interval`` is None for fewer than two samples."""
+    """``label`` is a class or a pair, None for all together; ``interval`` is None for fewer than two samples.
+
+    ``draws_R`` are the values of the resamples: those of two scores over equally many images are drawn alike, and can
+    be compared pair by pair.
+    """
 
     metric: str
     value: float
     interval: tuple[float, float] | None
     samples: int
     label: str | None = None
+    draws_R: F64 = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
+
+
+def _score(metric: str, value: float, draws_R: F64, images: int, label: str | None = None) -> Score:
+    return Score(metric, value, interval(draws_R, images), images, label, draws_R)
+
+
+def loss_bound(before: Score, after: Score) -> float:
+    """The upper end of the 95 % interval of what ``after`` lost, over the same images; their difference for one."""
+    lost_R = before.draws_R - after.draws_R
+    defined = lost_R[np.isfinite(lost_R)]
+    return float(np.percentile(defined, 97.5)) if before.samples > 1 and len(defined) else before.value - after.value
 
 
 class Truth(NamedTuple):
@@ -99,9 +115,7 @@ def rate_scores(counts_I3: NDArray[Any], label: str | None = None) -> list[Score
     """Precision, recall and F1 pooled over images."""
     images = len(counts_I3)
     values, sampled_R3 = rates(counts_I3.sum(axis=0)), rates(resamples(images, RESAMPLES) @ counts_I3)
-    return [
-        Score(name, float(values[i]), interval(sampled_R3[:, i], images), images, label) for i, name in enumerate(RATES)
-    ]
+    return [_score(name, float(values[i]), sampled_R3[:, i], images, label) for i, name in enumerate(RATES)]
 
 
 def change_counts(mask_HW: NDArray[np.uint8], changed_HW: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -240,7 +254,7 @@ def detection_scores(matches: dict[str, ClassMatches], threshold: float) -> list
     scores: list[Score] = []
     for label, ap_RT, counts_I3 in rows:
         for metric, values_R in (("AP50", ap_RT[:, 0]), ("AP50:95", ap_RT.mean(axis=1))):
-            scores.append(Score(metric, float(values_R[0]), interval(values_R[1:], images), images, label))
+            scores.append(_score(metric, float(values_R[0]), values_R[1:], images, label))
         scores += rate_scores(counts_I3, label)
     return scores
 
@@ -257,7 +271,7 @@ def accuracy_score(right_I: NDArray[np.int64], asked_I: NDArray[np.int64], label
     right_R, asked_R = draws @ right_I, draws @ asked_I
     sampled_R = np.divide(right_R, asked_R, out=np.full(len(draws), np.nan), where=asked_R > 0)
     value = float(right_I.sum() / asked_I.sum()) if asked_I.any() else 0.0
-    return Score("accuracy", value, interval(sampled_R, images), images, label)
+    return _score("accuracy", value, sampled_R, images, label)
 
 
 def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
@@ -275,8 +289,8 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
     counts = np.array([_bleu_counts(bleu_scorer, said[i][0], true[i]) for i in said], np.float64)
     sampled_R = draws @ np.asarray(cider_I) / images
     return [
-        Score("CIDEr", float(consensus), interval(sampled_R, images), images),
-        Score("BLEU-4", float(bleus[3]), interval(bleu4(draws @ counts), images), images),
+        _score("CIDEr", float(consensus), sampled_R, images),
+        _score("BLEU-4", float(bleus[3]), bleu4(draws @ counts), images),
     ]
 
 

@@ -6,7 +6,7 @@ Raster pixel coordinates put the *edges* of pixel (0, 0) at 0 and 1, x to the ri
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,4 +77,32 @@ class InferenceSession(Protocol):
 
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """The named outputs, in the order asked."""
+        ...
+
+
+Advance = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
+"""(the next token of each new row, the old row that it continues) -> logits [rows, V] of the token after it."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Words with an image among them, for N images: ``visual_NTD`` stand in the places where ``visual_S`` is true.
+
+    ``ids_S`` are int64, whatever number in those places. ``positions`` are [S], or [3, S] of mrope.
+    """
+
+    ids_S: NDArray[np.int64]
+    visual_S: NDArray[np.bool_]
+    visual_NTD: NDArray[np.float32]
+    positions: NDArray[np.int64]
+
+
+class LanguageModel(Protocol):
+    """The seam to what reads and writes words: a decoder graph, or a model of llama.cpp."""
+
+    def start(self, prompt: Prompt) -> tuple[NDArray[np.float32], Advance]:
+        """Logits [N, V] of the first token after the prompt, and what goes on from there.
+
+        Advance keeps what was read: one at a time may be in use.
+        """
         ...

@@ -99,9 +99,18 @@ class Chain:
         kept = self._kept(weights)
         compiled = self._compiled(steps[-1], weights, kept)
         proven = self._proven(checked, compiled, kept)
-        steps += [compiled, proven]
+        return self._bundled([*steps, compiled, proven], compiled, proven)
+
+    def _bundled(self, steps: list[Artifact], draft: Artifact, probed: Artifact) -> Path:
+        """Smaller where the recipe wants it, and written."""
+        more: dict[str, Any] = {}
+        if self.recipe.lowered:
+            from edge_rsvlm.export.fewer_bits import FewerBits
+
+            smaller = FewerBits(self.recipe, self._step, self._named_progress).run(draft, probed)
+            steps, draft, probed, more = [*steps, *smaller.steps], smaller.draft, smaller.probed, smaller.fields
         self.report("make_bundle", 0, 1)
-        make_bundle(steps, compiled, proven, self.recipe.allow, self.recipe.out)
+        make_bundle(steps, draft, probed, self.recipe.allow, self.recipe.out, more)
         self._verified()
         self.report("make_bundle", 1, 1)
         return self.recipe.out
@@ -123,9 +132,7 @@ class Chain:
             return take_onnx(read_onnx_folder(self.recipe.checkpoint), self.recipe, folder)
 
         taken = self._step("take_onnx", self.recipe.settings, [checked], make)
-        make_bundle([checked, taken], taken, taken, self.recipe.allow, self.recipe.out)
-        self._verified()
-        return self.recipe.out
+        return self._bundled([checked, taken], taken, taken)
 
     @property
     def foreign(self) -> bool:

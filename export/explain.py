@@ -14,9 +14,12 @@ from edge_rsvlm.export.checkpoint.skeleton import skeleton
 from edge_rsvlm.export.families.base import Family, Source
 from edge_rsvlm.export.recipe import Recipe
 
-BYTES_PER_PARAMETER = {"f32": 4, "f16": 2}
+BYTES_PER_PARAMETER = {"f32": 4.0, "f16": 2.0, "int8": 1.0, "int4": 0.5625}
+"""A block of 32 numbers of 4 bits has a scale of 2 bytes."""
 ARITHMETIC_BYTES = 4
 """The engine on a processor widens f16 weights when it loads them."""
+WIDENED = {"f16": 2}
+"""Bytes in memory for a byte on disk, of what the engine widens."""
 OVERHEAD = 1.25
 """Activations, and what the allocator keeps, on top of weights and cache."""
 
@@ -43,7 +46,7 @@ def cache_bytes(tasks: dict[str, dict[str, Any]]) -> int:
     """The largest key-value cache of a task: its image's tokens are not known here, so its answers alone."""
 
     def one(task: dict[str, Any]) -> int:
-        cache = task.get("cache")
+        cache = task.get("decoder", {}).get("cache")
         if cache is None:
             return 0
         per_token = 2 * cache["layers"] * cache["heads"] * cache["head_dim"] * ARITHMETIC_BYTES
@@ -52,16 +55,25 @@ def cache_bytes(tasks: dict[str, dict[str, Any]]) -> int:
     return max(map(one, tasks.values()), default=0)
 
 
-def memory_needed(found: list[Part], tasks: dict[str, dict[str, Any]]) -> int:
-    """An estimate of the anonymous bytes of one process that runs every graph."""
-    weights = sum(part.parameters for part in found) * ARITHMETIC_BYTES
+def memory_needed(found: list[Part], tasks: dict[str, dict[str, Any]], bits: str = "f32") -> int:
+    """An estimate of the anonymous bytes of one process that runs every graph with weights of so many bits."""
+    each = BYTES_PER_PARAMETER[bits] if bits in ("int8", "int4") else ARITHMETIC_BYTES
+    return int((sum(part.parameters for part in found) * each + cache_bytes(tasks)) * OVERHEAD)
+
+
+def memory_on_disk(graphs: Iterable[tuple[str, int]], tasks: dict[str, dict[str, Any]]) -> int:
+    """The same from (precision, bytes on disk) of every graph."""
+    weights = sum(size * WIDENED.get(precision, 1) for precision, size in graphs)
     return int((weights + cache_bytes(tasks)) * OVERHEAD)
 
 
 def explain(recipe: Recipe, family: Family, source: Source) -> str:
     """The plan in words: steps, bytes of every part at each precision, and whether it fits the profile."""
     found, tasks = parts(family, source), family.describe(source).tasks
-    steps = ["checkpoint", *(["merge_lora"] if recipe.merged else []), "compile_onnx", "parity", "make_bundle"]
+    smaller = ["calibrate", "quantize", "accuracy"] if recipe.lowered else []
+    steps = [
+        "checkpoint", *(["merge_lora"] if recipe.merged else []), "compile_onnx", "parity", *smaller, "make_bundle"
+    ]  # fmt: skip
     lines = [
         f"{recipe.checkpoint}: {source.config.model_type} ({family.name}), answers {', '.join(sorted(tasks))}",
         f"steps: {', '.join(steps)}",
@@ -71,7 +83,7 @@ def explain(recipe: Recipe, family: Family, source: Source) -> str:
     for part in [*found, Part("in all", sum(part.parameters for part in found))]:
         sizes = "".join(f"{format_bytes(part.parameters * size):>12}" for size in BYTES_PER_PARAMETER.values())
         lines.append(f"{part.name:<20}{part.parameters:>14,}{sizes}")
-    return "\n".join([*lines, "", _verdict(recipe, memory_needed(found, tasks))[1]])
+    return "\n".join([*lines, "", _verdict(recipe, memory_needed(found, tasks, recipe.bits))[1]])
 
 
 def explain_foreign(recipe: Recipe) -> str:
@@ -82,7 +94,7 @@ def explain_foreign(recipe: Recipe) -> str:
 
 def misfit(recipe: Recipe, family: Family, source: Source) -> str | None:
     """What to tell who exports a model that will not fit the device; None where it will."""
-    fits, sentence = _verdict(recipe, memory_needed(parts(family, source), family.describe(source).tasks))
+    fits, sentence = _verdict(recipe, memory_needed(parts(family, source), family.describe(source).tasks, recipe.bits))
     return None if fits else sentence
 
 

@@ -2,7 +2,8 @@
 
 version = 1
 checkpoint = "geochat-7b"                # folder of a Hugging Face checkpoint, relative to the recipe
-target = "onnx:f16"                      # or onnx:f32
+target = "onnx:f16"                      # onnx:f32, onnx:int8, onnx:int4, gguf:Q4_K_M and other types of llama.cpp
+engines = ["onnxruntime"]                # "tensorrt" beside it: graphs that `engine build` takes on the device
 profile = "jetson-orin-nano-8gb"         # the device it must fit
 out = "geochat.bundle"
 
@@ -31,6 +32,32 @@ scale = 100                              # of which they are shares; left out: p
 
 [images]
 max_pixels = 1048576                     # where a model takes images of any size (Qwen2-VL)
+
+[calibration]                            # for targets of fewer bits: images like those of the mission
+images = "tiles"                         # folder, glob or .tar
+count = 64
+texts = ["how many ships are there?"]    # for tasks that take a text
+
+[precision]                              # of single graphs, instead of what the target gives them
+detect = "f16"                           # f32, f16, int8, int8-dynamic, int4
+
+[int8]
+ranges = "percentile"                    # or minmax, entropy
+smooth = 0.5                             # SmoothQuant of matrix products; 0: not
+equalise = true                          # convolutions that follow each other
+keep = []                                # layers that stay as they are
+
+[int4]
+method = "gptq"                          # or awq, rtn
+block = 32
+
+[gguf]
+vision = "onnx"                          # or mmproj: llama.cpp sees too
+
+[[evaluate]]                             # labels that judge what fewer bits cost; without them, agreement does
+task = "caption"                         # detect, change, caption, ask, classify
+labels = "val.jsonl"                     # as for `edge-rsvlm eval`
+images = "val.tar"
 """
 
 from __future__ import annotations
@@ -43,9 +70,14 @@ from pydantic import Field
 from edge_rsvlm.config.manifest import BoxFormat
 from edge_rsvlm.config.model import Model
 from edge_rsvlm.config.toml import load_toml
+from edge_rsvlm.export.quantize.settings import CalibrationImages, Int4, Int8, Precision
 
-Target = Literal["onnx:f32", "onnx:f16"]
-Gate = Literal["parity"]
+Target = Literal[
+    "onnx:f32", "onnx:f16", "onnx:int8", "onnx:int4", "gguf:F32", "gguf:F16", "gguf:Q8_0", "gguf:Q6_K", "gguf:Q5_K_M",
+    "gguf:Q4_K_M", "gguf:Q4_0", "gguf:IQ4_XS",
+]  # fmt: skip
+EngineName = Literal["onnxruntime", "tensorrt"]
+Gate = Literal["parity", "accuracy"]
 
 
 class AdapterChoice(Model):
@@ -85,6 +117,25 @@ class Images(Model):
     """Published settings allow an order more, and attention takes memory with the square of it."""
 
 
+class Gguf(Model):
+    vision: Literal["onnx", "mmproj"] = "onnx"
+    """What makes visual tokens of an image: graphs of ONNX Runtime, or llama.cpp itself."""
+
+
+class Evaluate(Model):
+    """Labels of one task, as ``edge-rsvlm eval`` reads them."""
+
+    task: Literal["detect", "change", "caption", "ask", "classify"]
+    labels: Path
+    images: str = ""
+    """Folder or .tar; of change the folder of ``labels`` holds them."""
+    only: Path | None = None
+    """Names of the images to score, one per line."""
+    ignore: tuple[str, ...] = ()
+    alias: dict[str, str] = Field(default_factory=dict)
+    """As the options of ``edge-rsvlm eval detect``."""
+
+
 class Recipe(Model):
     version: Literal[1] = 1
     checkpoint: Path
@@ -98,6 +149,13 @@ class Recipe(Model):
     prompts: Prompts = Prompts()
     boxes: BoxFormat | None = None
     images: Images = Images()
+    engines: tuple[EngineName, ...] = ("onnxruntime",)
+    calibration: CalibrationImages | None = None
+    precision: dict[str, Precision] = Field(default_factory=dict)
+    int8: Int8 = Int8()
+    int4: Int4 = Int4()
+    gguf: Gguf = Gguf()
+    evaluate: tuple[Evaluate, ...] = ()
     allow: tuple[Gate, ...] = ()
     """Gates whose failure does not stop the export; recorded in the bundle."""
 
@@ -110,8 +168,24 @@ class Recipe(Model):
         return tuple(choice for choice in self.adapters if choice.keep)
 
     @property
-    def precision(self) -> str:
+    def format(self) -> str:
+        """``onnx`` or ``gguf``."""
+        return self.target.partition(":")[0]
+
+    @property
+    def bits(self) -> str:
+        """What the target says of weights: f32, int8, Q4_K_M ..."""
         return self.target.partition(":")[2]
+
+    @property
+    def lowered(self) -> bool:
+        """Whether a compiled bundle is changed further."""
+        return self.bits in ("int8", "int4") or bool(self.precision) or "tensorrt" in self.engines
+
+    @property
+    def stored(self) -> Literal["f32", "f16"]:
+        """How graphs are compiled; what wants fewer bits begins with half precision."""
+        return "f32" if self.target in ("onnx:f32", "gguf:F32") else "f16"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -135,6 +209,17 @@ def load_recipe(path: Path) -> Recipe:
     adapters = tuple(a.model_copy(update={"path": base / a.path}) for a in recipe.adapters)
     placed = {
         "checkpoint": base / recipe.checkpoint, "out": base / recipe.out, "adapters": adapters,
-        "work": base / recipe.work if recipe.work else None,
+        "work": base / recipe.work if recipe.work else None, "calibration": _calibration(base, recipe.calibration),
+        "evaluate": tuple(_evaluate(base, choice) for choice in recipe.evaluate),
     }  # fmt: skip
     return recipe.model_copy(update=placed)
+
+
+def _calibration(base: Path, choice: CalibrationImages | None) -> CalibrationImages | None:
+    return choice and choice.model_copy(update={"images": base / choice.images})
+
+
+def _evaluate(base: Path, choice: Evaluate) -> Evaluate:
+    images = str(base / choice.images) if choice.images else ""
+    only = base / choice.only if choice.only else None
+    return choice.model_copy(update={"labels": base / choice.labels, "images": images, "only": only})

@@ -38,21 +38,19 @@ GRAPHS = {
 
 
 def graph(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> dict[str, Any]:
-    return {"file": f"{name}.onnx", "inputs": dict(inputs), "outputs": dict(outputs)}
+    return {"file": f"{name}.onnx", "precision": "f32", "inputs": dict(inputs), "outputs": dict(outputs)}
 
 
 def manifest(files: Mapping[str, Any] | None = None, **input_options: Any) -> dict[str, Any]:
     """A valid manifest with a detect and a change head; ``input_options`` override the input spec."""
     spec = {**INPUT, **input_options}
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "name": "fake",
         "version": 1,
         "description": "for tests",
         "licence": "Apache-2.0",
         "training_data": [],
-        "engine": "onnxruntime",
-        "precision": "f32",
         "graphs": {name: graph(name, *sides) for name, sides in GRAPHS.items()},
         "tasks": {
             "detect": {

@@ -111,7 +111,7 @@ def check_description(loaded: Loaded) -> tuple[Description, Tasks]:
     """The manifest's models take the description, graphs and tasks name each other, and files are there."""
     description = loaded.family.describe(loaded.source)
     for graph, names in description.graphs.items():
-        parse(Graph, names | {"file": f"{graph}.onnx"}, graph, BundleError)
+        parse(Graph, names | {"file": f"{graph}.onnx", "precision": "f32"}, graph, BundleError)
         plan = loaded.plan(graph)
         assert list(names["inputs"].values()) == [given.name for given in plan.inputs]
         assert list(names["outputs"].values()) == list(plan.outputs)

@@ -62,8 +62,8 @@ def test_schema_is_published():
         [sys.executable, "-m", "edge_rsvlm.config.schema"], capture_output=True, text=True, check=True
     ).stdout
     path = ROOT / "docs" / "manifest.schema.json"
-    assert path.read_text() == made, "run: python -m edge_rsvlm.config.schema > docs/manifest.schema.json"
     schema = json.loads(made)
+    assert json.loads(path.read_text()) == schema, "run: python -m edge_rsvlm.config.schema > docs/manifest.schema.json"
     assert "newer" in schema["properties"]["version"]["description"]
     assert schema["$defs"]["MatchTask"]["additionalProperties"] is False
 
@@ -205,7 +205,7 @@ HOSTILE = {
     "long key": (manifest_text(**{"k" * 1_000_000: "0"}), "not permitted"),
     "escape codes": (manifest_text(**{"\x1b[2J": "0"}), r"\\x1b\[2J"),
     "older schema": (manifest_text(schema_version="1"), "schema is 1.*export the bundle again"),
-    "newer schema": (manifest_text(schema_version="3"), "schema is 3.*update edge-rsvlm"),
+    "newer schema": (manifest_text(schema_version="4"), "schema is 4.*update edge-rsvlm"),
     "no schema": (manifest_text(schema_version="null"), "schema_version"),
     "unknown kind": (manifest_text(tasks='{"detect": {"kind": "heatmap"}}'), "'heatmap'; did you mean 'heat_map'"),
     "no kind": (manifest_text(tasks='{"ask": {}}'), "no kind; add it"),

@@ -76,9 +76,11 @@ def caption_session(folder: Path) -> Session:
     data["graphs"] |= {name: graph(name, *sides) for name, sides in GRAPHS.items()}
     data["tasks"]["caption"] = {
         "kind": "generate", "input": INPUT, "encoder": "encoder", "encoder_outputs": ["c1"], "project": "prefix",
-        "embed": "embed", "decoder": "decoder", "tokenizer": {"file": "tokenizer.json", "add_special_tokens": False},
+        "decoder": {
+            "kind": "onnx", "embed": "embed", "graph": "decoder", "cache": {"layers": 1, "heads": 1, "head_dim": 1}
+        }, "tokenizer": {"file": "tokenizer.json", "add_special_tokens": False},
         "visual": {"token": None, "per_tile": 1}, "prompt": "<bos>", "positions": "sequence",
-        "cache": {"layers": 1, "heads": 1, "head_dim": 1}, "eos_ids": [1], "max_tokens": 8, "beams": 1,
+        "eos_ids": [1], "max_tokens": 8, "beams": 1,
         "length_penalty": 1.0, "memory": MEMORY,
     }  # fmt: skip
     data["licence"] = "free <for> & all"

@@ -29,8 +29,8 @@ from edge_rsvlm.export.families.image_processors import load_image_processor  # 
 from edge_rsvlm.export.families.llava import Llava  # noqa: E402
 from edge_rsvlm.export.families.qwen2_vl import Qwen2VL  # noqa: E402
 from edge_rsvlm.export.families.tokenizers import load_tokenizer, tokenizer_json  # noqa: E402
-from edge_rsvlm.tasks.decoder import Decoder  # noqa: E402
-from edge_rsvlm.tasks.generate import GenerateSessions, Generator  # noqa: E402
+from edge_rsvlm.tasks.decoder import Decoder, OnnxLanguage  # noqa: E402
+from edge_rsvlm.tasks.generate import Generator, Vision  # noqa: E402
 from edge_rsvlm.tasks.prompt import Layout, grid, mrope_positions, sequence_positions, write_image  # noqa: E402
 from edge_rsvlm.tiles.prepare import prepare  # noqa: E402
 from tests import tiny_generators as tiny  # noqa: E402
@@ -187,7 +187,7 @@ def answer(made: Made, sessions: dict, image_HWC: np.ndarray, text: str = QUESTI
         positions = mrope_positions(visual, grid(task.visual, layout_of(image).tile_hw))
     else:
         positions = sequence_positions(len(ids))
-    decoder = Decoder(task, sessions["decoder"], frozenset({"position_ids"}), 1)
+    decoder = Decoder(task.decoder.cache, sessions["decoder"], frozenset({"position_ids"}), 1)
     for start in range(0, len(ids), chunk):
         logits = decoder.read(embeds[:, start : start + chunk], positions[..., start : start + chunk])
     first, tokens = logits[0], [int(logits.argmax())]
@@ -357,8 +357,10 @@ def test_runtime_answers(checkpoint, tmp_path):
         (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(tokenizer))
         generator = Generator(
             task.model_copy(update={"max_tokens": 16}),
-            GenerateSessions(sessions["image"], None, sessions["embed"], sessions["decoder"]),
-            frozenset({"inputs_embeds", "position_ids"}),
+            Vision(sessions["image"], None),
+            OnnxLanguage(
+                task.decoder, sessions["embed"], sessions["decoder"], frozenset({"inputs_embeds", "position_ids"})
+            ),
             tmp_path / "tokenizer.json",
         )
         image = scene(90, 130)

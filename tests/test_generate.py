@@ -21,7 +21,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from edge_rsvlm.config.manifest import BoxFormat, GenerateTask, VisualTokens
 from edge_rsvlm.engines.fake import FakeSession
 from edge_rsvlm.errors import BundleError, UsageError
-from edge_rsvlm.tasks.generate import GenerateSessions, Generator, Sampling, parse_boxes
+from edge_rsvlm.tasks.decoder import OnnxLanguage
+from edge_rsvlm.tasks.generate import Generator, Sampling, Vision, parse_boxes
 from edge_rsvlm.tasks.prompt import Layout, mrope_positions, write_image
 from edge_rsvlm.tasks.search import Stop, beam_search, greedy, sample
 from tests.test_tasks import INPUT, MEMORY
@@ -62,9 +63,11 @@ def make(tmp_path):
         tokenizer.save(str(tmp_path / "tokenizer.json"))
         task = GenerateTask(**{
             "kind": "generate", "input": INPUT, "encoder": "e", "encoder_outputs": ("features",), "project": None,
-            "embed": "m", "decoder": "d", "tokenizer": {"file": "t", "add_special_tokens": False},
+            "decoder": {
+                "kind": "onnx", "embed": "m", "graph": "d", "cache": {"layers": 1, "heads": 1, "head_dim": 1}
+            }, "tokenizer": {"file": "t", "add_special_tokens": False},
             "visual": {"token": None}, "prompt": "{image}<bos>{text}", "positions": "sequence",
-            "cache": {"layers": 1, "heads": 1, "head_dim": 1}, "eos_ids": (EOS,), "max_tokens": 6, "beams": 1,
+            "eos_ids": (EOS,), "max_tokens": 6, "beams": 1,
             "length_penalty": 1.0, "memory": MEMORY, **spec,
         })  # fmt: skip
 
@@ -83,12 +86,9 @@ def make(tmp_path):
             every = np.concatenate([np.full((len(logits), 2, logits.shape[1]), 99.0, np.float32), logits[:, None]], 1)
             return {"logits": every, "present.0.key": cache, "present.0.value": cache}
 
-        sessions = GenerateSessions(
-            FakeSession(encode), None,
-            FakeSession(lambda inputs: {"inputs_embeds": inputs["input_ids"][..., None].astype(np.float32)}),
-            FakeSession(decode),
-        )  # fmt: skip
-        return Generator(task, sessions, frozenset(roles), tmp_path / "tokenizer.json")
+        embed = FakeSession(lambda inputs: {"inputs_embeds": inputs["input_ids"][..., None].astype(np.float32)})
+        language = OnnxLanguage(task.decoder, embed, FakeSession(decode), frozenset(roles))
+        return Generator(task, Vision(FakeSession(encode), None), language, tmp_path / "tokenizer.json")
 
     return build
 
@@ -361,10 +361,8 @@ def test_a_manifest_that_miscounts_visual_tokens_is_broken(make):
 def test_a_projection_turns_features_into_visual_tokens(make):
     seen = []
     generator = make(recite(EOS), encoder_outputs=("features",), project="p", seen=seen)
-    generator._sessions = GenerateSessions(
-        generator._sessions.encoder, FakeSession(lambda inputs: {"features": inputs["features"] + 5}),
-        generator._sessions.embed, generator._sessions.decoder,
-    )  # fmt: skip
+    project = FakeSession(lambda inputs: {"features": inputs["features"] + 5})
+    generator._vision = Vision(generator._vision.encoder, project)
     generator([image(1)], "")
     assert seen[0]["inputs_embeds"][0, :, 0].tolist() == [105, 105, BOS]
 

@@ -36,8 +36,8 @@ from edge_rsvlm.export.families.tokenizers import load_tokenizer  # noqa: E402
 from edge_rsvlm.export.onnx_folder.graphs import cut, inputs_of  # noqa: E402
 from edge_rsvlm.export.onnx_folder.reading import layout, read_onnx_folder  # noqa: E402
 from edge_rsvlm.pipeline.runtime import RoleSession  # noqa: E402
-from edge_rsvlm.tasks.decoder import cache_names  # noqa: E402
-from edge_rsvlm.tasks.generate import GenerateSessions, Generator  # noqa: E402
+from edge_rsvlm.tasks.decoder import OnnxLanguage, cache_names  # noqa: E402
+from edge_rsvlm.tasks.generate import Generator, Vision  # noqa: E402
 from edge_rsvlm.tasks.match import Matcher  # noqa: E402
 from edge_rsvlm.tasks.text import Texts  # noqa: E402
 from edge_rsvlm.tiles.prepare import prepare  # noqa: E402
@@ -233,9 +233,11 @@ def sessions_of(taken, out):
     engine = OnnxRuntimeEngine()
     caches = frozenset()
     if "decoder" in files:
-        caches = frozenset(cache_names(generate_task(taken, "ask").cache).values())
+        caches = frozenset(cache_names(generate_task(taken, "ask").decoder.cache).values())
     return {
-        name: RoleSession(engine.open(out / file), Graph(file=file, **taken.description.graphs[name]), caches)
+        name: RoleSession(
+            engine.open(out / file), Graph(file=file, precision="f32", **taken.description.graphs[name]), caches
+        )
         for name, file in files.items()
     }
 
@@ -326,8 +328,8 @@ def test_generation_says_what_transformers_says(made, tmp_path, name, size_hw):
     roles = frozenset(taken.description.graphs["decoder"]["inputs"])
     assert roles == {"inputs_embeds", "attention_mask", "position_ids"}
     generator = Generator(
-        task, GenerateSessions(sessions["image"], None, sessions["embed"], sessions["decoder"]), roles,
-        tmp_path / "tokenizer.json",
+        task, Vision(sessions["image"], None),
+        OnnxLanguage(task.decoder, sessions["embed"], sessions["decoder"], roles), tmp_path / "tokenizer.json",
     )  # fmt: skip
     image = prepare(image_HWC, task.input.prepare, task.input.mean, task.input.std)
     tokens = export.family.reference(export.source, export.model, image_HWC, QUESTION)["tokens"]
@@ -390,7 +392,7 @@ def test_patches_are_those_of_qwens_image_processor(tmp_path):
     assert features.shape == (2, len(wanted), width)
     # Prepared pixels may be off by one of 255 levels.
     np.testing.assert_allclose(features, np.stack([wanted, wanted]), atol=0.05)
-    assert task.positions == "mrope" and task.cache.layers == 2
+    assert task.positions == "mrope" and task.decoder.cache.layers == 2
 
 
 # Graphs too simple for torch

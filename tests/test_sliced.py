@@ -116,7 +116,8 @@ def test_streamed_model_equals_the_loaded_one(name, tmp_path):
     with torch.no_grad():
         got, wanted = streamed(**arguments), loaded(**arguments)
     assert got[0].isfinite().all()
-    assert torch.equal(got[0], wanted[0])
+    # Tensors lie elsewhere in memory, and sums of unaligned ones are added up in another order.
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-5, atol=1e-6)
 
 
 def test_streamed_model_generates(tmp_path):

@@ -97,8 +97,11 @@ class Made:
             (folder / name).write_bytes(content)
         self.fields = {
             "name": "tiny", "version": 1, "description": "", "licence": "", "training_data": [],
-            "engine": "onnxruntime", "precision": precision, "probe": [],
-            "graphs": {name: {"file": f"{name}.onnx", **roles} for name, roles in described.graphs.items()},
+            "probe": [],
+            "graphs": {
+                name: {"file": f"{name}.onnx", "precision": precision, **roles}
+                for name, roles in described.graphs.items()
+            },
             "tasks": {verb: {**task, "memory": MEMORY} for verb, task in described.tasks.items()},
             "adapters": write_adapters(self.kept, self.graphs, folder, precision, described.tasks),
         }  # fmt: skip

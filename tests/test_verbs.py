@@ -19,6 +19,7 @@ from edge_rsvlm.tiles.prepare import prepare
 from tests.scenes import UTM, pixels, write
 from tests.wide import (
     ANSWER,
+    DECODER,
     EVERYTHING,
     GENERATE,
     INPUT,
@@ -220,7 +221,9 @@ def test_a_job_asks_classifies_and_grounds(run, images, tmp_path):
 
 
 def test_plan_offers_what_the_bundle_does_and_counts_caches(images, tmp_path):
-    large = GENERATE | {"cache": {"layers": 32, "heads": 32, "head_dim": 128}, "max_tokens": 512}
+    large = GENERATE | {
+        "decoder": DECODER | {"cache": {"layers": 32, "heads": 32, "head_dim": 128}}, "max_tokens": 512
+    }  # fmt: skip
     run = runner(write_bundle(tmp_path / "b", ask=GENERATE, ground=large, classify=MATCH))
     code, out, _ = run("plan", images / "1.png", "--json", "--memory", "8GiB")
     plans = {p["task"]: p for p in map(json.loads, out.splitlines())}

@@ -87,9 +87,12 @@ def _tasks() -> dict[str, Any]:
     }  # fmt: skip
     generate = {
         "kind": "generate", "input": {**INPUT, "resolution_m": None}, "encoder": "main", "encoder_outputs": ["y"],
-        "project": None, "embed": "second", "decoder": "second", "tokenizer": tokenizer,
+        "project": None,
+        "decoder": {
+            "kind": "onnx", "embed": "second", "graph": "second", "cache": {"layers": 1, "heads": 1, "head_dim": 2}
+        }, "tokenizer": tokenizer,
         "visual": {"token": "<image>", "per_tile": 4}, "prompt": "{image} {text}", "positions": "sequence",
-        "cache": {"layers": 1, "heads": 1, "head_dim": 2}, "eos_ids": [2], "max_tokens": 4, "beams": 1,
+        "eos_ids": [2], "max_tokens": 4, "beams": 1,
         "length_penalty": 1.0, "boxes": {"open": "[", "close": "]", "scale": 1000}, "memory": MEMORY,
     }  # fmt: skip
     detect = {
@@ -111,16 +114,14 @@ def _tasks() -> dict[str, Any]:
 
 
 def manifest(contents: Mapping[str, bytes], **changed: Any) -> dict[str, Any]:
-    ends = {"inputs": {"tiles": "x"}, "outputs": {"features": "y"}}
+    ends = {"inputs": {"tiles": "x"}, "outputs": {"features": "y"}, "precision": "f32"}
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "name": "tiny",
         "version": 3,
         "description": "for tests",
         "licence": "Apache-2.0",
         "training_data": ["none"],
-        "engine": "onnxruntime",
-        "precision": "f32",
         "graphs": {"main": {"file": "main.onnx", **ends}, "second": {"file": "weights/second.onnx", **ends}},
         "tasks": _tasks(),
         "accuracy": [

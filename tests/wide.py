@@ -57,10 +57,13 @@ ANSWER = {
     "kind": "answer_classes", "input": INPUT, "graph": "answers", "tokenizer": TOKENIZER, "answers": "answers.txt",
     "score": "softmax", "memory": MEMORY,
 }  # fmt: skip
+DECODER = {
+    "kind": "onnx", "embed": "embed", "graph": "decoder", "cache": {"layers": 1, "heads": 1, "head_dim": 1}
+}  # fmt: skip
 GENERATE = {
     "kind": "generate", "input": INPUT, "encoder": "finder", "encoder_outputs": ["features"], "project": None,
-    "embed": "embed", "decoder": "decoder", "tokenizer": TOKENIZER, "visual": {"token": None, "per_tile": 4},
-    "prompt": "<bos> {text}", "positions": "sequence", "cache": {"layers": 1, "heads": 1, "head_dim": 1},
+    "decoder": DECODER, "tokenizer": TOKENIZER, "visual": {"token": None, "per_tile": 4},
+    "prompt": "<bos> {text}", "positions": "sequence",
     "eos_ids": [2], "max_tokens": 12, "beams": 1, "length_penalty": 1.0,
     "boxes": {"open": "[", "close": "]", "scale": 100}, "memory": MEMORY,
 }  # fmt: skip
@@ -153,7 +156,8 @@ def write_bundle(folder, **tasks):
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "answers.txt").write_text("yes\nno\nmaybe\n")
-    used = {value for task in tasks.values() for value in task.values() if isinstance(value, str) and value in GRAPHS}
+    said = [value for task in tasks.values() for value in (*task.values(), *task.get("decoder", {}).values())]
+    used = {value for value in said if isinstance(value, str) and value in GRAPHS}
     used |= {"words"} if any("text" in task for task in tasks.values()) else set()
     for name in used:
         (folder / f"{name}.onnx").write_bytes(CONTENT)

@@ -21,9 +21,11 @@ from edge_rsvlm.config.manifest import (
     SCHEMA_VERSION,
     Adapter,
     FileEntry,
+    GgufFile,
     Graph,
     Manifest,
     ProbeCase,
+    TensorRtGraph,
     Tokenizer,
 )
 from edge_rsvlm.config.model import mistakes, printable
@@ -38,8 +40,8 @@ GRAPH_SUFFIX = ".onnx"
 BLOCK_BYTES = 1 << 20
 COPY_AGAIN = "copy the bundle again from where it was made"
 DO_NOT_USE = "do not use this bundle"
-_GRAPH_FIELDS = ("graph", "encoder", "head", "project", "embed", "decoder")
-_WITH_FILE = (Adapter, Graph, Tokenizer, ProbeCase)
+_GRAPH_FIELDS = ("graph", "encoder", "head", "project", "embed")
+_WITH_FILE = (Adapter, Graph, GgufFile, TensorRtGraph, Tokenizer, ProbeCase)
 
 Files = Mapping[str, FileEntry]
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ only_option = click.option(
 )
 images_option = click.option("--images", required=True, metavar="FOLDER_OR_TAR", help="Where the images are.")
 ALL = "all"
+SHOWN = ("metric", "value", "interval", "samples", "label")
 
 
 @click.group("eval")
@@ -178,7 +178,7 @@ def _record(found: Evaluation, data: str, bundle: Bundle) -> dict[str, Any]:
         "bundle": bundle.manifest.name,
         "version": bundle.manifest.version,
         "samples": found.samples,
-        "scores": [dataclasses.asdict(score) for score in found.scores],
+        "scores": [{name: getattr(score, name) for name in SHOWN} for score in found.scores],
         "not_scored": list(found.not_scored),
     }
 

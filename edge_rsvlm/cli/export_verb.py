@@ -17,18 +17,28 @@ def command() -> None:
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder of a Hugging Face checkpoint.")
 @click.option("--adapter", multiple=True, metavar="DIR[=WEIGHT]", help="Folder of a PEFT LoRA; may be repeated.")
-@click.option("--target", type=click.Choice(["onnx:f32", "onnx:f16"]), help="What to compile to.  [default: onnx:f32]")
+@click.option(
+    "--target",
+    metavar="FORMAT:BITS",
+    help="onnx:f32, f16, int8, int4, or gguf:F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, IQ4_XS.  [default: onnx:f32]",
+)
+@click.option(
+    "--calibration", metavar="FOLDER_OR_TAR", help="Images like those of the mission, for targets of fewer bits."
+)
 @click.option("--profile", help="Device that it must fit.  [default: host]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the new bundle.")
 @click.option(
-    "--allow", type=click.Choice(["parity"]), multiple=True, help="Go on though this gate fails; the bundle records it."
+    "--allow",
+    type=click.Choice(["parity", "accuracy"]),
+    multiple=True,
+    help="Go on though this gate fails; the bundle records it.",
 )
 @click.option("--explain", "explained", is_flag=True, help="Print the plan and the sizes, and do nothing.")
 def run(
-    recipe: Path | None, checkpoint: Path | None, adapter: tuple[str, ...], target: str | None, profile: str | None,
-    out: Path | None, allow: tuple[str, ...], explained: bool,
+    recipe: Path | None, checkpoint: Path | None, adapter: tuple[str, ...], target: str | None,
+    calibration: str | None, profile: str | None, out: Path | None, allow: tuple[str, ...], explained: bool,
 ) -> None:  # fmt: skip
-    """Check, merge, compile and prove a checkpoint, and write it as a bundle.
+    """Check, merge, compile, prove and quantize a checkpoint, and write it as a bundle.
 
     RECIPE is a TOML file (docs/cli.md); the options say the same without one, or replace what it says. A killed export
     goes on where it stopped.
@@ -36,7 +46,7 @@ def run(
     chain = _chain()
     given: dict[str, Any] = {
         "checkpoint": checkpoint, "target": target, "profile": profile, "out": out, "allow": allow,
-        "adapters": [_adapter(text) for text in adapter],
+        "adapters": [_adapter(text) for text in adapter], "calibration": calibration and {"images": calibration},
     }  # fmt: skip
     wanted = _recipe(recipe, {key: value for key, value in given.items() if value})
     if explained:

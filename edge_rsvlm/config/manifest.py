@@ -6,6 +6,7 @@ Graphs are listed once with the names of their inputs and outputs; tasks refer t
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -13,7 +14,7 @@ from pydantic import Field
 from edge_rsvlm.config.model import Model
 from edge_rsvlm.config.prepare import Filter, Step
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
 BandRole = Literal["red", "green", "blue", "nir", "none", "validity"]
@@ -27,15 +28,35 @@ class FileEntry(Model):
     bytes: int = Field(ge=0)
 
 
+class ShapeRange(Model):
+    """Sizes of one input of a graph that an engine is built for; fixed dimensions are the same in all three."""
+
+    least: tuple[int, ...]
+    usual: tuple[int, ...]
+    most: tuple[int, ...]
+
+
+class TensorRtGraph(Model):
+    """The same computation for TensorRT: strongly typed, quantized symmetrically. Engines are built on the device."""
+
+    file: str
+    shapes: dict[str, ShapeRange]
+    """By input of the graph, caches included."""
+
+
 class Graph(Model):
-    """One ONNX file. ``inputs`` and ``outputs`` map roles to names in the graph; an input not listed is not fed.
+    """One ONNX file for ONNX Runtime. ``inputs`` and ``outputs`` map roles to names in the graph; an input not listed
+    is not fed.
 
     Key-value caches have names of their own, see KeyValueCache.
     """
 
     file: str
+    precision: str
+    """Of its weights: f32, f16, int8 (activations too, by fixed ranges), int8-dynamic, int4."""
     inputs: dict[str, str]
     outputs: dict[str, str]
+    tensorrt: TensorRtGraph | None = None
 
 
 class InputSpec(Model):
@@ -174,6 +195,32 @@ class VisualTokens(Model):
     overview: str | None = None
 
 
+class OnnxDecoder(Model):
+    """``embed`` maps ``input_ids`` to ``inputs_embeds``; ``graph`` takes those, and ``attention_mask`` and
+    ``position_ids`` where it lists them, and gives ``logits`` [N, any, V] whose last row is the next token."""
+
+    kind: Literal["onnx"]
+    embed: str
+    graph: str
+    cache: KeyValueCache
+
+
+class GgufFile(Model):
+    """A file that llama.cpp reads."""
+
+    file: str
+    quantization: str
+    """As llama.cpp calls it: F16, Q8_0, Q4_K_M ..."""
+
+
+class GgufDecoder(Model):
+    """A language model of llama.cpp, which takes visual tokens as embeddings among the words."""
+
+    kind: Literal["gguf"]
+    model: GgufFile
+    context_tokens: int = Field(gt=0)
+
+
 class BoxFormat(Model):
     """Boxes in an answer: four numbers x0, y0, x1, y1 somewhere between ``open`` and ``close``.
 
@@ -189,9 +236,7 @@ class GenerateTask(Model):
     """Text from an image and a prompt, token by token.
 
     ``encoder`` gives ``encoder_outputs`` of the pixels, which ``project`` (or the encoder itself, where it is None and
-    the one output is ``features``) turns into visual tokens [N, T, D]; ``embed`` maps ``input_ids`` to
-    ``inputs_embeds``; ``decoder`` takes those, and ``attention_mask`` and ``position_ids`` where it lists them, and
-    gives ``logits`` [N, any, V] whose last row is the next token.
+    the one output is ``features``) turns into visual tokens [N, T, D] for ``decoder``.
     """
 
     kind: Literal["generate"]
@@ -199,15 +244,13 @@ class GenerateTask(Model):
     encoder: str
     encoder_outputs: tuple[str, ...]
     project: str | None
-    embed: str
-    decoder: str
+    decoder: Annotated[OnnxDecoder | GgufDecoder, Field(discriminator="kind")]
     tokenizer: Tokenizer
     visual: VisualTokens
     prompt: str
     """``{image}`` is the image written by ``visual``, ``{text}`` the question or phrase."""
     positions: Literal["sequence", "mrope"]
     """mrope: three rows of positions, an image's tokens by row and column (Wang et al. 2024, "Qwen2-VL")."""
-    cache: KeyValueCache
     eos_ids: tuple[int, ...] = Field(min_length=1)
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Logits of tokens that the prompt or the answer holds are divided by it where positive, else multiplied
@@ -216,6 +259,22 @@ class GenerateTask(Model):
     beams: int = Field(gt=0)
     length_penalty: float
     """Beams are ranked by log-probability / length ** length_penalty (after Wu et al. 2016, section 7)."""
+    boxes: BoxFormat | None = None
+    memory: TaskMemory
+
+
+class GgufTask(Model):
+    """Text from an image and a prompt by llama.cpp alone, which sees through ``projector`` (an mmproj file) and
+    prepares images itself: ``input`` gives them whole, in 8 bits."""
+
+    kind: Literal["gguf"]
+    input: InputSpec
+    model: GgufFile
+    projector: GgufFile
+    context_tokens: int = Field(gt=0)
+    prompt: str
+    """``{image}`` is the image, ``{text}`` the question or phrase."""
+    max_tokens: int = Field(gt=0)
     boxes: BoxFormat | None = None
     memory: TaskMemory
 
@@ -253,8 +312,9 @@ class MatchTask(Model):
 
 
 AnyDetectTask = Annotated[DetectTask | OpenDetectTask, Field(discriminator="kind")]
-AnyGroundTask = Annotated[GenerateTask | OpenDetectTask, Field(discriminator="kind")]
-AnyAskTask = Annotated[GenerateTask | AnswerTask, Field(discriminator="kind")]
+AnyCaptionTask = Annotated[GenerateTask | GgufTask, Field(discriminator="kind")]
+AnyGroundTask = Annotated[GenerateTask | GgufTask | OpenDetectTask, Field(discriminator="kind")]
+AnyAskTask = Annotated[GenerateTask | GgufTask | AnswerTask, Field(discriminator="kind")]
 
 
 class Tasks(Model):
@@ -262,7 +322,7 @@ class Tasks(Model):
 
     detect: AnyDetectTask | None = None
     change: ChangeTask | None = None
-    caption: GenerateTask | None = None
+    caption: AnyCaptionTask | None = None
     ask: AnyAskTask | None = None
     ground: AnyGroundTask | None = None
     classify: MatchTask | None = None
@@ -281,6 +341,14 @@ class Adapter(Model):
     """Numbers in the file, 4 bytes each in memory."""
 
 
+class Calibration(Model):
+    """The images whose activations set the ranges of a quantized bundle."""
+
+    images: tuple[str, ...]
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """Over the images' names and files, in this order."""
+
+
 class Accuracy(Model):
     """One measured score, with its bootstrap 95 % interval and the command that measured it."""
 
@@ -291,6 +359,23 @@ class Accuracy(Model):
     samples: int
     data: str
     command: str
+
+
+class Comparison(Model):
+    """A task before and after a step that changes what the model computes, on the same samples.
+
+    ``loss`` is the mean of what each sample lost, ``bound`` the upper end of its bootstrap 95 % interval.
+    """
+
+    step: str
+    task: str
+    metric: str
+    before: float
+    after: float
+    loss: float
+    bound: float
+    samples: int
+    data: str
 
 
 class ProbeCase(Model):
@@ -315,21 +400,26 @@ class StepRecord(Model):
 
 
 class Manifest(Model):
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     name: str
     version: int = Field(ge=1)
     """Monotonic: a higher number is newer."""
     description: str
     licence: str
     training_data: tuple[str, ...]
-    engine: Literal["onnxruntime"]
-    precision: str
     graphs: dict[str, Graph]
     tasks: Tasks
     adapters: dict[str, Adapter] = Field(default_factory=dict)
     """By the name that the user gives; one at a time."""
+    calibration: Calibration | None = None
+    comparisons: tuple[Comparison, ...] = ()
     accuracy: tuple[Accuracy, ...] = ()
     probe: tuple[ProbeCase, ...]
     steps: tuple[StepRecord, ...] = ()
     files: dict[str, FileEntry]
     """Every file of the bundle but the manifest and its signature, by relative path."""
+
+    @property
+    def precision(self) -> str:
+        """Precisions of its graphs, the most frequent first."""
+        return ", ".join(name for name, _ in Counter(graph.precision for graph in self.graphs.values()).most_common())

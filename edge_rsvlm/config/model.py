@@ -114,4 +114,5 @@ def _tags(model: type[BaseModel]) -> list[Any]:
 
 
 def _is_model(leaf: Any) -> bool:
-    return isinstance(leaf, type) and issubclass(leaf, BaseModel)
+    # Python 3.10 calls dict[str, int] an instance of type.
+    return isinstance(leaf, type) and get_origin(leaf) is None and issubclass(leaf, BaseModel)

@@ -16,9 +16,11 @@ from edge_rsvlm.config.manifest import (
     ChangeTask,
     DetectTask,
     GenerateTask,
+    GgufDecoder,
     Graph,
     Manifest,
     MatchTask,
+    OnnxDecoder,
     OpenDetectTask,
     Tasks,
     TextEncoder,
@@ -28,13 +30,13 @@ from edge_rsvlm.pipeline.adapters import Factors, read_adapter
 from edge_rsvlm.pipeline.outcome import Deadline, Progress
 from edge_rsvlm.tasks.answer import Answerer
 from edge_rsvlm.tasks.change import ChangeDetector
-from edge_rsvlm.tasks.decoder import cache_names
+from edge_rsvlm.tasks.decoder import OnnxLanguage, cache_names
 from edge_rsvlm.tasks.detect import Detector
-from edge_rsvlm.tasks.generate import GenerateSessions, Generator
+from edge_rsvlm.tasks.generate import Generator, Vision
 from edge_rsvlm.tasks.match import Matcher
 from edge_rsvlm.tasks.open_detect import OpenDetector
 from edge_rsvlm.tasks.text import Texts
-from edge_rsvlm.types import InferenceSession
+from edge_rsvlm.types import InferenceSession, LanguageModel
 
 T = TypeVar("T")
 AnyTask = DetectTask | OpenDetectTask | ChangeTask | GenerateTask | AnswerTask | MatchTask
@@ -44,6 +46,7 @@ class Engine(Protocol):
     """What the runtime needs of an engine."""
 
     def open(self, graph: Path) -> InferenceSession: ...
+    def open_language(self, model: Path, context_tokens: int) -> LanguageModel: ...
 
 
 @dataclass(frozen=True)
@@ -136,16 +139,16 @@ class Runtime:
     def generator(self, verb: str, task: GenerateTask) -> Generator:
         def make() -> Generator:
             project = None if task.project is None else self.open(task.project)
-            sessions = GenerateSessions(
-                encoder=self.open(task.encoder),
-                project=project,
-                embed=self.open(task.embed),
-                decoder=self.open(task.decoder),
-            )
-            roles = frozenset(self.manifest.graphs[task.decoder].inputs)
-            return Generator(task, sessions, roles, self.bundle.path(task.tokenizer.file))
+            vision = Vision(self.open(task.encoder), project)
+            return Generator(task, vision, self._language(task.decoder), self.bundle.path(task.tokenizer.file))
 
         return self._once(("generate", verb), make)
+
+    def _language(self, spec: OnnxDecoder | GgufDecoder) -> LanguageModel:
+        if isinstance(spec, GgufDecoder):
+            return self._engine.open_language(self.bundle.path(spec.model.file), spec.context_tokens)
+        roles = frozenset(self.manifest.graphs[spec.graph].inputs)
+        return OnnxLanguage(spec, self.open(spec.embed), self.open(spec.graph), roles)
 
     def answerer(self, task: AnswerTask) -> Answerer:
         def make() -> Answerer:
@@ -174,8 +177,9 @@ def _lines(path: Path) -> list[str]:
 
 def _caches(tasks: Tasks, graph: str) -> frozenset[str]:
     """Names of the cache inputs of a graph that decodes."""
-    decoded = [task for _, task in _present(tasks) if isinstance(task, GenerateTask) and task.decoder == graph]
-    return frozenset(name for task in decoded for name in cache_names(task.cache).values())
+    decoders = [task.decoder for _, task in _present(tasks) if isinstance(task, GenerateTask)]
+    caches = [d.cache for d in decoders if isinstance(d, OnnxDecoder) and d.graph == graph]
+    return frozenset(name for cache in caches for name in cache_names(cache).values())
 
 
 def _present(tasks: Tasks) -> list[tuple[str, AnyTask]]:
@@ -250,7 +254,7 @@ EngineFactory = Callable[[int, int], Engine]
 
 
 def cpu_engine(threads: int, arena_bytes: int) -> Engine:
-    """onnxruntime, imported here so that nothing before the admitted plan pays for it."""
-    from edge_rsvlm.engines.onnxruntime import OnnxRuntimeEngine
+    """Libraries are imported when they are used, so that nothing before the admitted plan pays for them."""
+    from edge_rsvlm.pipeline.engines import CpuEngine
 
-    return OnnxRuntimeEngine(threads=threads, arena_bytes=arena_bytes)
+    return CpuEngine(threads, arena_bytes)

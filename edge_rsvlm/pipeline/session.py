@@ -37,11 +37,12 @@ from edge_rsvlm.pipeline.runtime import (
     search_task,
     task_of,
 )
-from edge_rsvlm.pipeline.stream import View
+from edge_rsvlm.pipeline.stream import View, scene_batches
 from edge_rsvlm.pipeline.views import demand, image_view, scene_view
 from edge_rsvlm.raster.align import open_aligned
 from edge_rsvlm.raster.reader import Raster, open_raster
 from edge_rsvlm.tasks.generate import Sampling
+from edge_rsvlm.tiles.prepare import Prepared
 from edge_rsvlm.types import Georeference
 
 
@@ -127,6 +128,14 @@ class Session:
             view, needs = self.demand(verb, raster, sampling)
             with self._pace(needs, progress) as (runtime, pace):
                 yield runtime, view, pace
+
+    def seen(self, verb: str, path: str) -> Iterator[tuple[Runtime, list[Prepared]]]:
+        """The tiles of an image as the model sees them, batch by batch, with what runs it."""
+        with self._seeing(verb, path, None) as (runtime, view, pace), scene_batches(view, pace, Outcome()) as source:
+            for tiles in source:
+                kept = np.flatnonzero(tiles.valid_fraction_N > 0)
+                if len(kept):
+                    yield runtime, tiles.dates[0].chosen(kept)
 
     def detect(self, path: str, query: DetectQuery, emit: Emit, progress: Progress | None = None) -> Outcome:
         task = detect_task(self.bundle.manifest)

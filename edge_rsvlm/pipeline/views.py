@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from edge_rsvlm.budget import Demand
-from edge_rsvlm.config.manifest import GenerateTask, InputSpec
+from edge_rsvlm.config.manifest import GenerateTask, GgufDecoder, InputSpec
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.geo import PixelMapper, metres_per_pixel
 from edge_rsvlm.pipeline.runtime import AnyTask
@@ -105,7 +105,9 @@ def _tile(view: View) -> tuple[int, Shape]:
 
 def cache_bytes(task: GenerateTask, seen: Shape, max_tokens: int | None) -> int:
     """Key-value caches of one image when its answer is longest, as they are passed in and come out."""
-    visual, cache = task.visual, task.cache
+    if isinstance(task.decoder, GgufDecoder):
+        return 0  # made with the session, and measured with it
+    visual, cache = task.visual, task.decoder.cache
     per_view = visual.per_tile or (seen.height * seen.width // visual.unit_px**2 if visual.unit_px else 0)
     tokens = seen.views * per_view + PROMPT_TOKENS + (max_tokens or task.max_tokens)
     return 2 * 2 * F32_BYTES * cache.layers * cache.heads * cache.head_dim * tokens * task.beams

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import GenerateTask, KeyValueCache
+from edge_rsvlm.config.manifest import KeyValueCache, OnnxDecoder
 from edge_rsvlm.errors import BundleError
-from edge_rsvlm.types import InferenceSession
+from edge_rsvlm.types import Advance, InferenceSession, Prompt
 
 
 def cache_names(cache: KeyValueCache) -> dict[str, str]:
@@ -28,14 +28,43 @@ def cache_names(cache: KeyValueCache) -> dict[str, str]:
     return {named(cache.present, layer, part): named(cache.past, layer, part) for layer, part in pairs}
 
 
+class OnnxLanguage:
+    """A language model of two graphs. ``roles`` are the inputs that the decoder lists."""
+
+    def __init__(
+        self, spec: OnnxDecoder, embed: InferenceSession, decoder: InferenceSession, roles: frozenset[str]
+    ) -> None:
+        self._spec, self._embed, self._decoder, self._roles = spec, embed, decoder, roles
+
+    def start(self, prompt: Prompt) -> tuple[NDArray[np.float32], Advance]:
+        decoder = Decoder(self._spec.cache, self._decoder, self._roles, len(prompt.visual_NTD))
+
+        def advance(tokens_M: NDArray[np.int64], rows_M: NDArray[np.int64]) -> NDArray[np.float32]:
+            return decoder.go_on(self._words(tokens_M[:, None]), rows_M)
+
+        return decoder.read(self._read(prompt), prompt.positions), advance
+
+    def _read(self, prompt: Prompt) -> NDArray[np.float32]:
+        """Embeddings [N, S, D] of the prompt with the visual tokens in their places."""
+        # The table may have no row for the visual token, whose own embedding nobody needs.
+        words_1SD = self._words(np.where(prompt.visual_S, 0, prompt.ids_S)[None])
+        embeds_NSD = np.repeat(words_1SD, len(prompt.visual_NTD), axis=0)
+        embeds_NSD[:, prompt.visual_S] = prompt.visual_NTD
+        return embeds_NSD
+
+    def _words(self, ids_NS: NDArray[np.int64]) -> NDArray[np.float32]:
+        embeds_NSD: NDArray[np.float32] = self._embed.run({"input_ids": ids_NS}, ["inputs_embeds"])[0]
+        return embeds_NSD
+
+
 class Decoder:
     """One batch of sequences being read; remembers what was read."""
 
-    def __init__(self, spec: GenerateTask, session: InferenceSession, roles: frozenset[str], count: int) -> None:
-        self._session, self._roles, self._names = session, roles, cache_names(spec.cache)
-        self._position_shape = (3, 1) if spec.positions == "mrope" else (1,)
+    def __init__(self, cache: KeyValueCache, session: InferenceSession, roles: frozenset[str], count: int) -> None:
+        self._session, self._roles, self._names = session, roles, cache_names(cache)
+        self._position_shape: tuple[int, ...] = (1,)
         self._next_position = 0
-        empty = np.zeros((count, spec.cache.heads, 0, spec.cache.head_dim), np.float32)
+        empty = np.zeros((count, cache.heads, 0, cache.head_dim), np.float32)
         self._past: dict[str, NDArray[np.float32]] = dict.fromkeys(self._names.values(), empty)
 
     def read(self, embeds_NSD: NDArray[np.float32], positions: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -49,6 +78,7 @@ class Decoder:
             inputs["attention_mask"] = np.ones((count, past + length), np.int64)
         logits, *present = self._session.run(inputs, ["logits", *self._names])
         self._past = dict(zip(self._names.values(), present, strict=True))
+        self._position_shape = (*positions.shape[:-1], 1)
         self._next_position = int(positions.max()) + 1
         last_NV: NDArray[np.float32] = logits[:, -1]
         if np.isnan(last_NV).any():

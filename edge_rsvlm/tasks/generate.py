@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 
 from edge_rsvlm.config.manifest import BoxFormat, GenerateTask
 from edge_rsvlm.errors import BundleError, UsageError
-from edge_rsvlm.tasks.decoder import Decoder
 from edge_rsvlm.tasks.encode import Features, encode
 from edge_rsvlm.tasks.prompt import REMAKE, Layout, grid, mrope_positions, sequence_positions, write_image
-from edge_rsvlm.tasks.search import Advance, RepetitionPenalty, Sampling, Stop, Tokens, beam_search, greedy, sample
+from edge_rsvlm.tasks.search import RepetitionPenalty, Sampling, Stop, Tokens, beam_search, greedy, sample
 from edge_rsvlm.tasks.text import check_text, load_tokenizer
-from edge_rsvlm.types import InferenceSession
+from edge_rsvlm.types import Advance, InferenceSession, LanguageModel, Prompt
 
-__all__ = ["GenerateSessions", "Generator", "PreparedImage", "Sampling", "parse_boxes"]
+__all__ = ["Generator", "PreparedImage", "Sampling", "Vision", "parse_boxes"]
 
 
 class PreparedImage(Protocol):
@@ -39,20 +38,18 @@ class PreparedImage(Protocol):
 
 
 @dataclass(frozen=True)
-class GenerateSessions:
+class Vision:
+    """``project`` is None where the encoder itself gives visual tokens."""
+
     encoder: InferenceSession
     project: InferenceSession | None
-    embed: InferenceSession
-    decoder: InferenceSession
 
 
 class Generator:
     """Images and one text -> what the model says of each."""
 
-    def __init__(
-        self, spec: GenerateTask, sessions: GenerateSessions, decoder_roles: frozenset[str], tokenizer: Path
-    ) -> None:
-        self._spec, self._sessions, self._roles = spec, sessions, decoder_roles
+    def __init__(self, spec: GenerateTask, vision: Vision, language: LanguageModel, tokenizer: Path) -> None:
+        self._spec, self._vision, self._language = spec, vision, language
         self._tokenizer = load_tokenizer(tokenizer)
         self._visual_id = _visual_id(self._tokenizer, spec.visual.token)
         self._hidden = _hidden_ids(self._tokenizer, spec.boxes)
@@ -110,19 +107,15 @@ class Generator:
         return ids_S
 
     def _encode(self, pixels_NCHW: NDArray[np.float32]) -> Features:
-        return encode(self._sessions.encoder, pixels_NCHW, self._spec.encoder_outputs)
+        return encode(self._vision.encoder, pixels_NCHW, self._spec.encoder_outputs)
 
     def _visual(self, features: Features) -> NDArray[np.float32]:
         """Visual tokens [N, T, D]."""
         inputs = {name: features[name] for name in self._spec.encoder_outputs}
-        if self._sessions.project is None:
+        if self._vision.project is None:
             (visual_NTD,) = inputs.values()
             return visual_NTD
-        return self._sessions.project.run(inputs, ["features"])[0]
-
-    def _embed(self, ids_NS: Tokens) -> NDArray[np.float32]:
-        embeds_NSD: NDArray[np.float32] = self._sessions.embed.run({"input_ids": ids_NS}, ["inputs_embeds"])[0]
-        return embeds_NSD
+        return self._vision.project.run(inputs, ["features"])[0]
 
     def _answer(
         self, visual_NTD: NDArray[np.float32], layout: Layout, text: str, sampling: Sampling | None
@@ -134,17 +127,7 @@ class Generator:
     def _start(self, visual_NTD: NDArray[np.float32], layout: Layout, text: str) -> tuple[NDArray[np.float32], Advance]:
         """Logits of the first token, and what goes on from there."""
         ids_S = self._ids(self._prompt(layout, text))
-        embeds_NSD, visual_S = self._read(visual_NTD, ids_S)
-        if self._spec.positions == "mrope":
-            positions = mrope_positions(visual_S, grid(self._spec.visual, layout.tile_hw))
-        else:
-            positions = sequence_positions(len(visual_S))
-        decoder = Decoder(self._spec, self._sessions.decoder, self._roles, len(visual_NTD))
-
-        def advance(tokens_M: Tokens, rows_M: Tokens) -> NDArray[np.float32]:
-            return decoder.go_on(self._embed(tokens_M[:, None]), rows_M)
-
-        logits_NV = decoder.read(embeds_NSD, positions)
+        logits_NV, advance = self._language.start(self._placed(ids_S, visual_NTD, layout))
         if self._spec.repetition_penalty == 1:
             return logits_NV, advance
         penalty = RepetitionPenalty(self._spec.repetition_penalty, ids_S, advance)
@@ -157,19 +140,21 @@ class Generator:
             raise UsageError(f"{wanted} tokens are more than this bundle answers", fix=f"ask for at most {limit}")
         return Stop(self._spec.eos_ids, wanted)
 
-    def _read(self, visual_NTD: NDArray[np.float32], ids_S: Tokens) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Embeddings [N, S, D] of the prompt with the visual tokens in their places, and which places these are."""
-        count, visual, _ = visual_NTD.shape
-        visual_S = ids_S == self._visual_id
-        # The table may have no row for the visual token, whose own embedding nobody needs.
-        words_NSD = np.repeat(self._embed(np.where(visual_S, 0, ids_S)[None]), count, axis=0)
+    def _placed(self, ids_S: Tokens, visual_NTD: NDArray[np.float32], layout: Layout) -> Prompt:
+        """The prompt with the visual tokens in the places of their own token, or before all words."""
+        visual = visual_NTD.shape[1]
         if self._visual_id is None:
-            places = np.arange(visual + len(ids_S)) < visual
-            return np.concatenate([visual_NTD, words_NSD], axis=1), places
+            ids_S = np.concatenate([np.zeros(visual, np.int64), ids_S])
+            visual_S = np.arange(len(ids_S)) < visual
+        else:
+            visual_S = ids_S == self._visual_id
         if visual_S.sum() != visual:
             raise BundleError(f"{visual} visual tokens for {visual_S.sum()} places in the prompt", fix=REMAKE)
-        words_NSD[:, visual_S] = visual_NTD
-        return words_NSD, visual_S
+        if self._spec.positions == "mrope":
+            positions = mrope_positions(visual_S, grid(self._spec.visual, layout.tile_hw))
+        else:
+            positions = sequence_positions(len(ids_S))
+        return Prompt(ids_S, visual_S, visual_NTD, positions)
 
     def _search(
         self, logits_NV: NDArray[np.float32], advance: Advance, stop: Stop, sampling: Sampling | None

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm.errors import UsageError
+from edge_rsvlm.types import Advance
 
 Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]
-Advance = Callable[[Tokens, Tokens], Logits]
-"""(the next token of each new row, the old row that it continues) -> logits [rows, V] of the token after it."""
 
 
 @dataclass(frozen=True)

@@ -101,11 +101,13 @@ def task_specs(decoder: DecoderConfig, cuts: Thresholds) -> dict[str, Any]:
         },
         "caption": {
             "kind": "generate", "input": input_spec(256, 0, (0.3, 15.0), whole_px=WHOLE_PX), "encoder": "encoder",
-            "encoder_outputs": ["c5"], "project": "caption_prefix", "embed": "caption_embed",
-            "decoder": "caption_decoder",
+            "encoder_outputs": ["c5"], "project": "caption_prefix",
+            "decoder": {
+                "kind": "onnx", "embed": "caption_embed", "graph": "caption_decoder",
+                "cache": {"layers": decoder.layers, "heads": decoder.heads, "head_dim": decoder.head_width},
+            },
             "tokenizer": {"file": caption.TOKENIZER_NAME, "add_special_tokens": False},
             "visual": {"token": None, "unit_px": STRIDES["c5"]}, "prompt": "{image}" + BOS, "positions": "sequence",
-            "cache": {"layers": decoder.layers, "heads": decoder.heads, "head_dim": decoder.head_width},
             "eos_ids": [EOS_ID], "max_tokens": caption.MOST_TOKENS, "beams": 3, "length_penalty": 1.0,
         },
     }  # fmt: skip

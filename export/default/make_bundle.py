@@ -116,7 +116,7 @@ def manifest_graphs(graphs: Mapping[str, Path]) -> dict[str, Any]:
     found = {}
     for name, path in graphs.items():
         inputs, outputs = graph_names(path)
-        found[name] = {"file": path.name, "inputs": roles(inputs), "outputs": roles(outputs)}
+        found[name] = {"file": path.name, "precision": "f16", "inputs": roles(inputs), "outputs": roles(outputs)}
     return found
 
 
@@ -133,7 +133,7 @@ def make_bundle(data: Path, work: Path, out: Path, scenes: Path) -> None:
         }
         fields = {
             "name": NAME, "version": VERSION, "description": DESCRIPTION, "licence": LICENCE,
-            "training_data": TRAINING_DATA, "engine": "onnxruntime", "precision": "f16 weights, f32 arithmetic",
+            "training_data": TRAINING_DATA,
             "graphs": manifest_graphs(graphs), "tasks": tasks, "probe": golden_probe(model, folder, graphs, scenes),
             "steps": [step_record(p) for p in parts],
         }  # fmt: skip

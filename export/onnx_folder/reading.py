@@ -79,18 +79,15 @@ def read_onnx_folder(folder: Path) -> OnnxFolder:
 
 
 def _generative(family: GenerativeFamily, source: Source, files: tuple[Path, ...]) -> OnnxFolder:
-    vision, embed, decoder = files
+    vision, embed, decoder_file = files
     described = family.describe(source)
     taken = {
         "image": _vision(family, source, vision),
         "embed": _embed(embed),
-        "decoder": _decoder(decoder, mrope=family.mrope),
+        "decoder": _decoder(decoder_file, mrope=family.mrope),
     }
-    cache = _cache(decoder)
-    tasks = {
-        verb: {**task, "encoder": "image", "embed": "embed", "decoder": "decoder", "cache": cache}
-        for verb, task in described.tasks.items()
-    }
+    decoder = {"kind": "onnx", "embed": "embed", "graph": "decoder", "cache": _cache(decoder_file)}
+    tasks = {verb: {**task, "encoder": "image", "decoder": decoder} for verb, task in described.tasks.items()}
     names = {name: graph.names for name, graph in taken.items()}
     return OnnxFolder(Description(names, tasks, described.files), taken)
 

@@ -73,7 +73,7 @@ def input_spec_of(manifest: Manifest, graph: str) -> InputSpec | None:
 def tokenizer_of(manifest: Manifest, graph: str) -> Tokenizer | None:
     """How the texts that this graph reads are written as tokens."""
     for _, task in manifest.tasks:
-        if isinstance(task, GenerateTask) and graph == task.embed:
+        if isinstance(task, GenerateTask) and task.decoder.kind == "onnx" and graph == task.decoder.embed:
             return task.tokenizer
         if isinstance(task, AnswerTask) and graph == task.graph:
             return task.tokenizer

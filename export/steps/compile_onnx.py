@@ -12,14 +12,13 @@ from edge_rsvlm.export.bundle_writer import write_manifest
 from edge_rsvlm.export.checkpoint.skeleton import skeleton
 from edge_rsvlm.export.explain import memory_needed, parts
 from edge_rsvlm.export.families.base import Description, Family, Source
-from edge_rsvlm.export.graphs.external_data import Precision, write
+from edge_rsvlm.export.graphs.external_data import write
 from edge_rsvlm.export.graphs.switching import switchable, unused, write_adapters
 from edge_rsvlm.export.graphs.tracing import trace
 from edge_rsvlm.export.recipe import Recipe
 from edge_rsvlm.export.steps.merge_lora import ModelWeights
 
 BUNDLE, LAYERS, WEIGHTS = "bundle", "layers.json", "weights.json"
-PRECISIONS: dict[str, Precision] = {"f32": "f32", "f16": "f16"}
 TILE_BYTES = 256 << 20
 UNKNOWN_LICENCE = "unknown: ask who made the checkpoint"
 GraphProgress = Callable[[str, int, int], None]
@@ -46,14 +45,14 @@ def compile_onnx(
         def report(done: int, total: int, name: str = plan.name) -> None:
             progress(name, done, total)
 
-        write(traced, weights.tensors, target / f"{plan.name}.onnx", PRECISIONS[recipe.precision], report)
+        write(traced, weights.tensors, target / f"{plan.name}.onnx", recipe.stored, report)
     (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n")
     (folder / WEIGHTS).write_text(json.dumps(stored, indent=1) + "\n")
     description = family.describe(source)
     for name, content in description.files.items():
         (target / name).write_bytes(content)
     fields = draft(recipe, description, memory_needed(parts(family, source), description.tasks))
-    fields["adapters"] = write_adapters(adapters, adapted, target, PRECISIONS[recipe.precision], description.tasks)
+    fields["adapters"] = write_adapters(adapters, adapted, target, recipe.stored, description.tasks)
     write_manifest(target, fields)
     metrics = {"bytes": sum(path.stat().st_size for path in target.iterdir()), "graphs": len(layers)}
     return metrics | {f"layers of {a.name} that have no effect": len(unused(a, adapted)) for a in adapters}
@@ -69,8 +68,10 @@ def draft(recipe: Recipe, description: Description, session_bytes: int) -> dict[
         "description": facts.description or known.get("description", f"exported from {recipe.name}"),
         "licence": facts.licence or known.get("licence", UNKNOWN_LICENCE),
         "training_data": facts.training_data or known.get("training_data", ()),
-        "engine": "onnxruntime", "precision": recipe.precision,
-        "graphs": {name: {"file": f"{name}.onnx", **roles} for name, roles in description.graphs.items()},
+        "graphs": {
+            name: {"file": f"{name}.onnx", "precision": recipe.stored, **roles}
+            for name, roles in description.graphs.items()
+        },
         "tasks": tasks(recipe, description, session_bytes), "probe": [],
     }  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,28 @@ PROBE_TOLERANCE = 5e-3
 
 
 def make_bundle(
-    steps: Sequence[Artifact], compiled: Artifact, proven: Artifact, allow: tuple[str, ...], out: Path
-) -> None:
-    """Write the bundle to ``out``; it appears whole, or not at all."""
-    draft = compiled.folder / BUNDLE
+    steps: Sequence[Artifact], drafted: Artifact, probed: Artifact, allow: tuple[str, ...], out: Path,
+    more: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write the bundle to ``out``, with ``more`` fields of its manifest; it appears whole, or not at all."""
+    draft = drafted.folder / BUNDLE
     fields: dict[str, Any] = json.loads((draft / MANIFEST_NAME).read_text())
     del fields["files"], fields["schema_version"]
+    fields |= more
     with bundle_folder(out) as folder:
         for path in draft.iterdir():
             if path.name != MANIFEST_NAME:
                 place(path, folder / path.name)
-        golden = sorted((proven.folder / PROBES).iterdir())
+        golden = sorted((probed.folder / PROBES).iterdir())
         fields["probe"] = [_probe(path, folder) for path in golden]
-        fields["steps"] = [step_record(step, allow if step.metrics.get(FAILED) else ()) for step in steps]
+        fields["steps"] = [step_record(step, _allowed(step, allow)) for step in steps]
         write_manifest(folder, fields)
         _measure(folder, fields["tasks"])
         write_manifest(folder, fields)
+
+
+def _allowed(step: Artifact, allow: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(gate for gate in allow if gate == step.manifest["stage"] and step.metrics.get(FAILED))
 
 
 def _measure(folder: Path, tasks: dict[str, Any]) -> None:

@@ -38,8 +38,8 @@ def take_onnx(taken: OnnxFolder, recipe: Recipe, folder: Path) -> dict[str, Any]
     size = sum(path.stat().st_size for path in target.iterdir())
     fields = draft(recipe, taken.description, int(size * OVERHEAD))
     for name, graph in fields["graphs"].items():
-        graph["file"] = files[name]
-    write_manifest(target, {**fields, "precision": "f32"})
+        graph |= {"file": files[name], "precision": "f32"}
+    write_manifest(target, fields)
     _probe(load_bundle(target, allow_unsigned=True, allow_older=True), folder / PROBES)
     return {"bytes": size, "graphs": len(files)}
 
@@ -63,10 +63,10 @@ def _inputs(bundle: Bundle, name: str, graph: Graph) -> list[GraphInput]:
     words = ("input_ids", "attention_mask", "token_type_ids")
     found = [GraphInput(role, ("batch", "text") if role in words else ("batch",)) for role in graph.inputs]
     for _, task in bundle.manifest.tasks:
-        if isinstance(task, GenerateTask) and task.decoder == name:
+        if isinstance(task, GenerateTask) and task.decoder.kind == "onnx" and task.decoder.graph == name:
             rows = (3,) if task.positions == "mrope" else ()
             found = [GraphInput(role, (*rows, "batch", "text"), torch.int64) for role in graph.inputs]
-            shape = ("batch", task.cache.heads, "past", task.cache.head_dim)
-            found += [GraphInput(past, shape) for past in cache_names(task.cache).values()]
+            shape = ("batch", task.decoder.cache.heads, "past", task.decoder.cache.head_dim)
+            found += [GraphInput(past, shape) for past in cache_names(task.decoder.cache).values()]
             break
     return found

@@ -1,0 +1,158 @@
+"""Step ``quantize``: the graphs of a compiled bundle with fewer bits, and what they compute of the golden probe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_rsvlm.bundle import Bundle, load_bundle
+from edge_rsvlm.config.manifest import MANIFEST_NAME, GenerateTask, Manifest, OnnxDecoder
+from edge_rsvlm.errors import UsageError
+from edge_rsvlm.export.bundle_writer import place, write_manifest
+from edge_rsvlm.export.explain import memory_on_disk
+from edge_rsvlm.export.graphs.sliced import run_sliced
+from edge_rsvlm.export.quantize.calibration import Samples
+from edge_rsvlm.export.quantize.choose import int8_kind
+from edge_rsvlm.export.quantize.dynamic import quantize_dynamic
+from edge_rsvlm.export.quantize.settings import Precision
+from edge_rsvlm.export.quantize.static import quantize_static
+from edge_rsvlm.export.quantize.typed import half_precision
+from edge_rsvlm.export.quantize.weight_only import quantize_int4
+from edge_rsvlm.export.recipe import Recipe
+from edge_rsvlm.export.steps.compile_onnx import BUNDLE
+from edge_rsvlm.export.steps.parity import BY_ADAPTER, PROBES
+from edge_rsvlm.export.tensorrt.shapes import shape_ranges
+from edge_rsvlm.pipeline.adapters import read_adapter
+
+CALIBRATED = ("int8", "int4")
+Metrics = dict[str, float | int | str]
+GraphProgress = Callable[[str, int, int], None]
+
+
+def chosen_precisions(recipe: Recipe, manifest: Manifest, draft: Path) -> dict[str, Precision]:
+    """Of every graph: as the recipe says, else as its target does. UsageError names a graph that is not there."""
+    for name in recipe.precision:
+        if name not in manifest.graphs:
+            raise UsageError(
+                f"[precision] names '{name}', which is no graph of this model",
+                fix=f"graphs are {', '.join(manifest.graphs)}",
+            )
+    return {name: recipe.precision.get(name) or _by_target(recipe, manifest, draft, name) for name in manifest.graphs}
+
+
+def _by_target(recipe: Recipe, manifest: Manifest, draft: Path, name: str) -> Precision:
+    if recipe.bits == "int4" and name in _decoders(manifest):
+        return "int4"
+    # Beside a model of llama.cpp, what sees is as fast as it can be on a processor.
+    if recipe.bits in ("int8", "int4"):
+        return int8_kind(draft / manifest.graphs[name].file)
+    return recipe.stored
+
+
+def _decoders(manifest: Manifest) -> set[str]:
+    decoders = [task.decoder for _, task in manifest.tasks if isinstance(task, GenerateTask)]
+    return {decoder.graph for decoder in decoders if isinstance(decoder, OnnxDecoder)}
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One draft on its way to fewer bits."""
+
+    recipe: Recipe
+    draft: Path
+    samples: Samples | None
+    target: Path
+
+    def graph(self, name: str, file: str, precision: Precision, tensorrt: Path | None) -> Metrics:
+        """Write the graph, and the same for TensorRT where it is wanted."""
+        source, out = self.draft / file, self.target / file
+        if precision == "int8":
+            return quantize_static(source, self._samples(name), self.recipe.int8, out, tensorrt)
+        if precision == "int4":
+            return quantize_int4(source, self._samples(name), self.recipe.int4, out, tensorrt)
+        if tensorrt is not None:
+            half_precision(source, tensorrt)
+        if precision == "int8-dynamic":
+            return quantize_dynamic(source, self.recipe.int8, out)
+        for path in (source, source.with_name(f"{file}.data")):
+            if path.exists():
+                place(path, self.target / path.name)
+        return {}
+
+    def _samples(self, name: str) -> Sequence[dict[str, Any]]:
+        found = () if self.samples is None else self.samples.of(name)
+        if not found:
+            raise UsageError(
+                f"no calibration image reached the graph '{name}'",
+                fix=f'give more images or texts in [calibration], or keep it with [precision] {name} = "f16"',
+            )
+        return found
+
+
+def quantize(
+    recipe: Recipe, draft: Path, probes: Path, samples: Samples | None, folder: Path, progress: GraphProgress
+) -> Metrics:
+    """Fill ``folder`` with ``bundle/`` and ``probes/``."""
+    target = folder / BUNDLE
+    target.mkdir()
+    fields: dict[str, Any] = json.loads((draft / MANIFEST_NAME).read_text())
+    manifest = Manifest.model_validate(fields)
+    quantizer = Quantizer(recipe, draft, samples, target)
+    metrics: Metrics = {}
+    for name, precision in chosen_precisions(recipe, manifest, draft).items():
+        progress(name, 0, 1)
+        graph = fields["graphs"][name]
+        tensorrt = target / f"{name}.tensorrt.onnx" if "tensorrt" in recipe.engines else None
+        found = quantizer.graph(name, graph["file"], precision, tensorrt)
+        metrics |= {f"{name} {key}": value for key, value in found.items()}
+        graph["precision"] = precision
+        if tensorrt is not None:
+            shapes = shape_ranges(manifest, name, tensorrt)
+            graph["tensorrt"] = {"file": tensorrt.name, "shapes": {k: v.model_dump() for k, v in shapes.items()}}
+        progress(name, 1, 1)
+    _copy_others(draft, manifest, target)
+    _estimate(fields, target)
+    del fields["files"], fields["schema_version"]
+    write_manifest(target, fields)
+    _probe_again(load_bundle(target, allow_unsigned=True, allow_older=True), probes, folder / PROBES)
+    return metrics | {"bytes": sum(path.stat().st_size for path in target.iterdir())}
+
+
+def _estimate(fields: dict[str, Any], target: Path) -> None:
+    """Memory of tasks that were too large to be measured; what is now small enough will be."""
+    sizes = [(graph["precision"], _bytes(target / graph["file"])) for graph in fields["graphs"].values()]
+    for task in fields["tasks"].values():
+        if task and not task["memory"]["measured"]:
+            task["memory"]["session_bytes"] = memory_on_disk(sizes, {"": task})
+
+
+def _bytes(graph: Path) -> int:
+    return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.stem}.*") if "tensorrt" not in path.name)
+
+
+def _copy_others(draft: Path, manifest: Manifest, target: Path) -> None:
+    """Tokenizers, lists of answers and adapters."""
+    graphs = {graph.file for graph in manifest.graphs.values()}
+    taken = {MANIFEST_NAME, *graphs, *(f"{file}.data" for file in graphs)}
+    for path in draft.iterdir():
+        if path.name not in taken:
+            place(path, target / path.name)
+
+
+def _probe_again(bundle: Bundle, probes: Path, folder: Path) -> None:
+    """The golden inputs, and what the graphs compute of them now."""
+    folder.mkdir()
+    for path in sorted(probes.iterdir()):
+        name, _, adapter = path.stem.partition(BY_ADAPTER)
+        factors = read_adapter(bundle, adapter)[name] if adapter else {}
+        with np.load(path) as golden:
+            inputs = {key.removeprefix("in."): golden[key] for key in golden.files if key.startswith("in.")}
+            outputs = {key.removeprefix("out.") for key in golden.files if key.startswith("out.")}
+        found = dict(run_sliced(bundle.path(bundle.manifest.graphs[name].file), {**inputs, **factors}, outputs))
+        arrays = {f"in.{k}": v for k, v in inputs.items()} | {f"out.{k}": v for k, v in found.items()}
+        np.savez_compressed(folder / path.name, **arrays)  # type: ignore[arg-type]
