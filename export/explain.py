@@ -81,7 +81,7 @@ def explain(recipe: Recipe, family: Family, source: Source) -> str:
         f"{'part':<20}{'parameters':>14}" + "".join(f"{name:>12}" for name in BYTES_PER_PARAMETER),
     ]
     for part in [*found, Part("in all", sum(part.parameters for part in found))]:
-        sizes = "".join(f"{format_bytes(part.parameters * size):>12}" for size in BYTES_PER_PARAMETER.values())
+        sizes = "".join(f"{format_bytes(int(part.parameters * size)):>12}" for size in BYTES_PER_PARAMETER.values())
         lines.append(f"{part.name:<20}{part.parameters:>14,}{sizes}")
     return "\n".join([*lines, "", _verdict(recipe, memory_needed(found, tasks, recipe.bits))[1]])
 

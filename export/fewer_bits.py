@@ -74,7 +74,8 @@ class FewerBits:
         config = images.model_dump(mode="json", exclude={"images"}) | {"images": _identity(images.images)}
 
         def make(folder: Path) -> dict[str, Any]:
-            _, found = record(before, images, folder / SAMPLES, self.progress("calibrate"))
+            report = self.progress("calibrate")
+            _, found = record(before, images, folder / SAMPLES, lambda done, total: report("images", done, total))
             (folder / CALIBRATION).write_text(found.model_dump_json(indent=1) + "\n")
             return {"images": len(found.images)}
 

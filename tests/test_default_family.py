@@ -214,7 +214,7 @@ def test_thresholds_belong_to_the_weights(stages, tmp_path):
         read_thresholds(stages, [other, made[1]])
     for text in ("{", '{"detect": 0.3}', "[]"):
         (tmp_path / "thresholds.json").write_text(text)
-        with pytest.raises(InputError, match="make_bundle chooses them"):
+        with pytest.raises(InputError, match="thresholds chooses them"):
             read_thresholds(tmp_path, made)
 
 

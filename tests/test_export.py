@@ -1,4 +1,4 @@
-"""The ground side on untrained weights: layouts, targets, compiled graphs against torch, artifacts and splits."""
+"""The ground side on untrained weights: layouts, targets, artifacts and splits."""
 
 from __future__ import annotations
 
@@ -16,92 +16,13 @@ def torch_here(needs):
         needs(name)
 
 
-@pytest.fixture
-def model():
+def test_packed_sentences_do_not_see_each_other():
     import torch
 
-    from edge_rsvlm.export.default.compile_onnx import Model
-    from edge_rsvlm.export.default.model.change import ChangeHead
-    from edge_rsvlm.export.default.model.decoder import Captioner, DecoderConfig
-    from edge_rsvlm.export.default.model.detect import DetectHead
-    from edge_rsvlm.export.default.model.encoder import Encoder
-    from edge_rsvlm.export.default.model.layers import fold_batch_norms
+    from edge_rsvlm.export.default.model.decoder import Captioner, DecoderConfig, packed_layout
 
     torch.manual_seed(3)
-    made = Model(Encoder(), DetectHead(), ChangeHead(), Captioner(DecoderConfig(300, layers=2, dropout=0.0)))
-    for module in (made.encoder, made.detect, made.change, made.captioner):
-        for name, values in module.named_buffers():
-            if name.endswith("running_mean"):
-                values.normal_(0, 0.1)
-        module.eval()
-        fold_batch_norms(module)
-        # As a bundle stores them: the comparison is then of arithmetic, not of rounding.
-        for weights in module.parameters():
-            weights.data = weights.data.half().float()
-    # Heads start near their prior, where every input looks alike: make their answers depend on it.
-    for output in (made.change.out, made.detect.score[-1], made.detect.sides[-1]):
-        output.weight.data = torch.randn_like(output.weight).half().float()
-    return made
-
-
-def test_graphs_equal_torch_at_other_sizes_than_they_were_traced_with(model, tmp_path):
-    import onnxruntime as ort
-    import torch
-
-    from edge_rsvlm.export.default import compile_onnx as c
-
-    paths = c.compile_all(model, tmp_path)
-    sessions = {name: ort.InferenceSession(str(path)) for name, path in paths.items()}
-    tiles, later = torch.randn(2, 3, 5, 96, 160)
-    with torch.inference_mode():
-        maps, later_maps = model.encoder(tiles), model.encoder(later)
-        pair = [date[name] for date in (maps, later_maps) for name in c.CHANGE_MAPS]
-        expected = {
-            "detect": c.DetectGraph(model.detect)(*(maps[n] for n in c.DETECT_MAPS)),
-            "change": [c.ChangeGraph(model.change)(*pair)],
-            "caption_prefix": [model.captioner.prefix(maps["c5"])],
-        }
-    found = dict(zip(c.ENCODER_MAPS, sessions["encoder"].run(None, {"tiles": tiles.numpy()}), strict=True))
-    for name, values in maps.items():
-        np.testing.assert_allclose(found[name], values.numpy(), atol=1e-5 * float(values.abs().max()) + 1e-7)
-    inputs = {
-        "detect": {n: found[n] for n in c.DETECT_MAPS},
-        "change": dict(zip(c.CHANGE_INPUTS, (values.numpy() for values in pair), strict=True)),
-        "caption_prefix": {"c5": found["c5"]},
-    }
-    for name, outputs in expected.items():
-        for actual, output in zip(sessions[name].run(None, inputs[name]), outputs, strict=True):
-            np.testing.assert_allclose(actual, output.numpy(), rtol=1e-4, atol=1e-5)
-
-
-def test_decoder_graph_in_steps_equals_torch_at_once(model, tmp_path):
-    import onnxruntime as ort
-    import torch
-
-    from edge_rsvlm.export.default import compile_onnx as c
-
-    path = c.compile_all(model, tmp_path)["caption_decoder"]
-    session, decoder = ort.InferenceSession(str(path)), model.captioner.decoder
-    config, embeds = decoder.config, torch.randn(2, 9, 256)
-    empty = np.zeros((2, config.heads, 0, config.head_width), np.float32)
-    parts = [f"{i}.{part}" for i in range(config.layers) for part in ("key", "value")]
-    with torch.inference_mode():
-        expected, *cache = c.DecoderGraph(model.captioner)(embeds, *[torch.from_numpy(empty)] * len(parts))
-    past = [empty] * len(parts)
-    for some in (embeds[:, :5], embeds[:, 5:6], embeds[:, 6:]):
-        names = [f"past_key_values.{part}" for part in parts]
-        logits, *past = session.run(None, {"inputs_embeds": some.numpy(), **dict(zip(names, past, strict=True))})
-    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
-    for found, wanted in zip(past, cache, strict=True):
-        np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
-
-
-def test_packed_sentences_do_not_see_each_other(model):
-    import torch
-
-    from edge_rsvlm.export.default.model.decoder import packed_layout
-
-    decoder = model.captioner.decoder
+    decoder = Captioner(DecoderConfig(300, layers=2, dropout=0.0)).eval().decoder
     prefix, first, second = torch.randn(1, 6, 256), torch.randn(1, 3, 256), torch.randn(1, 3, 256)
     positions, mask = packed_layout(6, 2, 3)
     with torch.inference_mode():
@@ -109,20 +30,6 @@ def test_packed_sentences_do_not_see_each_other(model):
         causal = torch.ones(9, 9, dtype=torch.bool).tril()
         alone, _ = decoder(torch.cat([prefix, second], 1), torch.arange(9)[None], causal)
     torch.testing.assert_close(packed[:, 9:], alone[:, 6:], atol=1e-5, rtol=1e-4)
-
-
-def test_half_storage_refuses_what_does_not_fit():
-    import onnx
-    from onnx import helper, numpy_helper
-
-    from edge_rsvlm.export.default.compile_onnx import store_in_half
-
-    weights = numpy_helper.from_array(np.full(100, 1e6, np.float32), "w")
-    node = helper.make_node("Add", ["x", "w"], ["y"])
-    value = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [100]) for n in ("x", "y")]
-    graph = helper.make_graph([node], "g", value[:1], value[1:], [weights])
-    with pytest.raises(ValueError, match="float16"):
-        store_in_half(helper.make_model(graph))
 
 
 def test_dihedral_boxes_follow_the_pixels():

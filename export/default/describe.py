@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Thresholds:
 
     detect: float
     change: float
+    change_by_others: dict[str, float] = field(default_factory=dict)
+    """Per held-out city, the threshold of change that the other cities choose."""
 
 
 def write_thresholds(folder: Path, stages: Sequence[Artifact], chosen: Thresholds) -> None:
@@ -53,13 +55,14 @@ def write_thresholds(folder: Path, stages: Sequence[Artifact], chosen: Threshold
 def read_thresholds(folder: Path, stages: Sequence[Artifact]) -> Thresholds:
     """InputError where there are none, or where they were chosen for other weights."""
     path = folder / THRESHOLDS_NAME
-    fix = "python -m edge_rsvlm.export.default.make_bundle chooses them"
+    fix = "python -m edge_rsvlm.export.default.thresholds chooses them"
     try:
         found = json.loads(path.read_text())
-        chosen = Thresholds(float(found["detect"]), float(found["change"]))
+        stages_of = found.pop("stages", None)
+        chosen = Thresholds(**found)
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise InputError(f"{path} does not say where to cut scores ({exc!r})", fix=fix) from exc
-    if found.get("stages") != _hashes(stages):
+    if stages_of != _hashes(stages):
         raise InputError(f"{path} is of other weights than those beside it", fix=fix)
     return chosen
 

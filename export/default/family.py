@@ -12,17 +12,6 @@ from transformers import PretrainedConfig
 
 from edge_rsvlm.export import artifact
 from edge_rsvlm.export.default.checkpoint import DefaultModel
-from edge_rsvlm.export.default.compile_onnx import (
-    CHANGE_INPUTS,
-    DETECT_MAPS,
-    ENCODER_MAPS,
-    ChangeGraph,
-    DecoderGraph,
-    DetectGraph,
-    EmbedGraph,
-    EncoderGraph,
-    PrefixGraph,
-)
 from edge_rsvlm.export.default.data.captions import BOS_ID, EOS_ID
 from edge_rsvlm.export.default.data.scenes import TILE_PX
 from edge_rsvlm.export.default.data.views import RGB_BANDS, U8_RANGE, cut
@@ -33,6 +22,17 @@ from edge_rsvlm.export.default.describe import (
     TRAINING_DATA,
     read_thresholds,
     task_specs,
+)
+from edge_rsvlm.export.default.graphs import (
+    CHANGE_INPUTS,
+    DETECT_MAPS,
+    ENCODER_MAPS,
+    ChangeGraph,
+    DecoderGraph,
+    DetectGraph,
+    EmbedGraph,
+    EncoderGraph,
+    PrefixGraph,
 )
 from edge_rsvlm.export.default.model.decoder import DecoderConfig
 from edge_rsvlm.export.default.model.encoder import CHANNELS, STEM_BANDS, STRIDES

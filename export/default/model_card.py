@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edge_rsvlm.export.default.baselines import ConsensusScore
+from edge_rsvlm.export.default.describe import Thresholds
 from edge_rsvlm.export.default.model.detect import CLASSES
 
 CARD_NAME = "MODEL_CARD.md"
 
-TEXT = """# {facts.name}
+TEXT = """# {name}
 
 One visual encoder (MobileNetV2 1.0, ImageNet-initialised, five-channel stem: red, green, blue, near infrared, validity)
 with three heads: boxes, change between two dates, and a 4-layer Llama-architecture decoder that writes captions.
 Classes of boxes: {classes}.
 
-Weights are stored in half precision, arithmetic is float32. Made by `python -m edge_rsvlm.export.default.train` and
+Weights as stored: {precisions}. Made by `python -m edge_rsvlm.export.default.train` and
 `python -m edge_rsvlm.export.default.make_bundle`, on a CPU.
 
 ## Licence and training data
@@ -33,8 +34,9 @@ the same place as one of those ({facts.left_out} of them) was trained on. The of
 ## Scores
 
 On held-out images, through the whole pipeline, with bootstrap 95 % intervals over images. The threshold of boxes
-({facts.detect_threshold:.3g}) was chosen on crops of training images, that of change ({facts.change_threshold:.3g}) on
-held-out cities: what the others choose is {others}. That Sentinel-2 pairs are compared at 6.4 m, the coarse end of the
+({facts.thresholds.detect:.3g}) was chosen on crops of training images, that of change
+({facts.thresholds.change:.3g}) on held-out cities: what the others choose is {others}.
+That Sentinel-2 pairs are compared at 6.4 m, the coarse end of the
 resolutions trained on, and that a pair's probabilities are averaged with those of its mirror image, was chosen on these
 two cities as well: take their score as a little too high.
 
@@ -42,8 +44,8 @@ two cities as well: take their score as a little too high.
 |---|---|---|---|---|
 {scores}
 
-Simple baselines on the same images (`python -m edge_rsvlm.export.default.baselines`): the consensus of the captions of
-the five nearest training images (ImageNet MobileNetV2 features) has CIDEr {facts.consensus.cider:.2f} and BLEU-4
+{costs}Simple baselines on the same images (`python -m edge_rsvlm.export.default.baselines`): the consensus of the
+captions of the five nearest training images (ImageNet MobileNetV2 features) has CIDEr {facts.consensus.cider:.2f} and BLEU-4
 {facts.consensus.bleu4:.3f}; smoothed change vector analysis on the OSCD cities, at its best possible threshold, has F1
 {facts.change_vectors:.3f}.
 
@@ -74,34 +76,32 @@ Commands that reproduce the rows:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card tells. ``accuracy`` are entries of the manifest, ``stages`` the manifests of the artifacts.
+    """What the card tells. ``fields`` are those of the manifest, ``stages`` the manifests of the artifacts.
 
-    ``cut_by_others`` has, per held-out city, the change threshold that the other cities choose; ``change_vectors`` is
-    the F1 of that baseline; ``left_out`` counts UCM images too much like a validation image.
+    ``change_vectors`` is the F1 of that baseline; ``left_out`` counts UCM images too much like a validation image.
     """
 
-    name: str
-    licence: str
-    training_data: Sequence[str]
-    accuracy: Sequence[dict[str, Any]]
+    fields: Mapping[str, Any]
     stages: Sequence[dict[str, Any]]
-    detect_threshold: float
-    change_threshold: float
-    cut_by_others: dict[str, float]
+    thresholds: Thresholds
     consensus: ConsensusScore
     change_vectors: float
     left_out: int
 
 
 def write_card(path: Path, facts: CardFacts) -> None:
+    fields = facts.fields
     text = TEXT.format(
         facts=facts,
-        licence=facts.licence[0].upper() + facts.licence[1:],
+        name=fields["name"],
+        precisions=", ".join(f"`{name}` {graph['precision']}" for name, graph in fields["graphs"].items()),
+        costs=_costs(fields.get("comparisons", ())),
+        licence=fields["licence"][0].upper() + fields["licence"][1:],
         classes=", ".join(CLASSES),
-        data="\n".join(f"- {item}" for item in facts.training_data),
-        scores="\n".join(map(_row, facts.accuracy)),
-        others=", ".join(f"{cut:.2f} for {city}" for city, cut in facts.cut_by_others.items()),
-        commands="\n".join(dict.fromkeys(row["command"] for row in facts.accuracy)),
+        data="\n".join(f"- {item}" for item in fields["training_data"]),
+        scores="\n".join(map(_row, fields["accuracy"])),
+        others=", ".join(f"{cut:.2f} for {city}" for city, cut in facts.thresholds.change_by_others.items()),
+        commands="\n".join(dict.fromkeys(row["command"] for row in fields["accuracy"])),
         training="\n".join(map(_stage, facts.stages)),
     )
     path.write_text(text, encoding="utf-8")
@@ -110,6 +110,19 @@ def write_card(path: Path, facts: CardFacts) -> None:
 def _row(row: dict[str, Any]) -> str:
     low, high = row["interval"]
     return f"| {row['data']} | {row['metric']} | {row['value']:.3f} | {low:.3f} - {high:.3f} | {row['samples']} |"
+
+
+def _costs(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """What fewer bits cost, on the same images before and after."""
+    if not comparisons:
+        return ""
+    rows = [
+        f"| {c['task']} | {c['data']} | {c['metric']} | {c['before']:.3f} | {c['after']:.3f} | {c['loss']:.3f} |"
+        f" {c['bound']:.3f} |"
+        for c in comparisons
+    ]
+    head = "| task | labels | measure | half precision | as shipped | loss | at most (95 %) |\n" + "|---" * 7 + "|"
+    return "\n".join(["What fewer bits cost, on the same images:", "", head, *rows]) + "\n\n"
 
 
 def _stage(manifest: dict[str, Any]) -> str:

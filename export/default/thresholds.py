@@ -1,4 +1,6 @@
-"""Where to cut scores: the threshold of greatest F1 at steps of 0.05.
+"""Where to cut scores: the threshold of greatest F1 at steps of 0.05, written beside the weights.
+
+``python -m edge_rsvlm.export.default.thresholds`` chooses them anew; it has to be run after each training.
 
 For boxes on augmented crops of *training* images: augmentation keeps them from being as easy as the images learnt. For
 change on held-out cities, each of which is scored with the threshold that the others choose.
@@ -6,6 +8,7 @@ change on held-out cities, each of which is scored with the threshold that the o
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,19 +16,25 @@ from typing import Any
 import numpy as np
 
 from edge_rsvlm import scoring
-from edge_rsvlm.bundle import Bundle
+from edge_rsvlm.bundle import Bundle, load_bundle
 from edge_rsvlm.config.manifest import DetectTask
 from edge_rsvlm.evaluate import evaluate_change
+from edge_rsvlm.export import artifact
+from edge_rsvlm.export.chain import run_export
 from edge_rsvlm.export.default.data.detect import SETS, DetectData, Labels, crop
+from edge_rsvlm.export.default.describe import Thresholds, write_thresholds
 from edge_rsvlm.export.default.model.detect import CLASSES
 from edge_rsvlm.export.default.splits import FOLDER, held_out
+from edge_rsvlm.export.default.stages import change, joint
+from edge_rsvlm.export.recipe import Recipe
 from edge_rsvlm.merge.boxes import BoxMerger
-from edge_rsvlm.pipeline.runtime import Runtime, detect_task
+from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, detect_task
 from edge_rsvlm.pipeline.session import Limits, Session
 from edge_rsvlm.scoring import Found, Truth
 from edge_rsvlm.tasks.encode import encode
 from edge_rsvlm.types import Boxes
 
+UNCHOSEN = Thresholds(detect=0.5, change=0.5)
 GRID = np.round(np.arange(0.1, 0.75, 0.05), 2)
 LIMITS = Limits(memory_bytes=2 << 30, threads=2)
 LEAST_SCORE = 0.1
@@ -99,3 +108,24 @@ def _found(boxes: Boxes) -> list[Found]:
 
 def _best(counts_G3: np.ndarray) -> float:
     return float(GRID[int(scoring.rates(counts_G3)[:, 2].argmax())])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--weights", type=Path, default=Path("export/default/weights"), help="artifacts of the stages")
+    parser.add_argument("--work", type=Path, default=Path("build/default"))
+    options = parser.parse_args()
+    stages = [artifact.load(options.weights / stage.NAME) for stage in (joint, change)]
+    write_thresholds(options.weights, stages, UNCHOSEN)
+    out = options.work / "unchosen"
+    run_export(Recipe(checkpoint=options.weights, target="onnx:f16", out=out), lambda *_: None)
+    bundle = load_bundle(out, allow_unsigned=True, allow_older=True)
+    detect_cut = detect_threshold(Runtime(bundle, cpu_engine(2, 0)), options.data, options.work / "cache")
+    change_cut, by_others = change_threshold(bundle, options.data)
+    write_thresholds(options.weights, stages, Thresholds(detect_cut, change_cut, by_others))
+    print(f"boxes {detect_cut}, change {change_cut} (others choose {by_others})")
+
+
+if __name__ == "__main__":
+    main()

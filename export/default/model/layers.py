@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,11 +27,3 @@ class Separable(nn.Sequential):
 def upsample2(x: Tensor) -> Tensor:
     """Nearest-neighbour doubling, [N,C,h,w] -> [N,C,2h,2w]."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-def fold_batch_norms(module: nn.Module) -> None:
-    """Fold every (Conv2d, BatchNorm2d) pair of the Sequentials below `module`, in place; eval mode only."""
-    for child in module.modules():
-        if isinstance(child, ConvNormAct) and isinstance(child[1], nn.BatchNorm2d):
-            child[0] = torch.nn.utils.fuse_conv_bn_eval(child[0], child[1])
-            child[1] = nn.Identity()
