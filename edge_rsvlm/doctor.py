@@ -9,7 +9,10 @@ import subprocess
 from typing import Any
 
 from edge_rsvlm import __version__, profiles
+from edge_rsvlm.engines.cuda import CudaError
+from edge_rsvlm.errors import UsageError
 
+NEVER_RUN = "the makers never ran an engine on a Jetson: check yours with benchmarks/device_check.py"
 GDAL_FORMATS = ("GTiff", "COG", "JP2OpenJPEG", "PNG", "JPEG", "WEBP")
 
 
@@ -43,7 +46,25 @@ def _engines() -> dict[str, Any]:
         engines["onnxruntime"] = {"version": VERSION, "providers": ort.get_available_providers(), "used": "CPU"}
     else:
         engines["onnxruntime"] = {"missing": "pip install onnxruntime"}
+    engines["tensorrt"] = _tensorrt()
     return engines
+
+
+def _tensorrt() -> dict[str, Any]:
+    """The library, and whether engines can be built and run here; each part tells what it lacks."""
+    from edge_rsvlm.engines.tensorrt import open_device
+    from edge_rsvlm.engines.tensorrt_library import load_tensorrt
+
+    try:
+        library = load_tensorrt()
+    except UsageError as exc:
+        return {"missing": exc.fix}
+    facts = {"version": f"{library.__name__} {library.__version__}", "note": NEVER_RUN}
+    try:
+        gpu = open_device().gpu
+    except (UsageError, CudaError) as exc:
+        return facts | {"used": f"not here: {exc}"}
+    return facts | {"used": f"GPU ({gpu.name}, compute capability {gpu.compute_capability})"}
 
 
 def _raster() -> dict[str, Any]:
@@ -57,7 +78,7 @@ def _raster() -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
-    """A Jetson's TensorRT lives in JetPack's own Python, which a plain virtual environment does not see."""
+    """What the driver says; ``engines`` tells whether TensorRT can use it."""
     if shutil.which("nvidia-smi") is None:
         return {"found": False, "note": "models run on the CPU"}
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -65,5 +86,5 @@ def _gpu() -> dict[str, Any]:
     return {
         "found": answer.returncode == 0,
         "name": answer.stdout.strip(),
-        "note": "this version runs models on the CPU",
+        "note": "used with `edge-rsvlm engine build` and --device gpu",
     }

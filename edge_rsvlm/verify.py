@@ -58,7 +58,7 @@ class Report:
 def verify(path: Path | None, rules: Rules, open_graph: OpenGraph | None = None) -> Report:
     """Check the bundle in a folder or file (None: the packaged one). Nothing is remembered as accepted.
 
-    BundleError where there is no bundle to speak of.
+    BundleError where there is no bundle to speak of, UsageError where what runs it is not installed.
     """
     problems: list[Problem] = []
     with candidate(path, rules) as found:
@@ -87,23 +87,32 @@ def cpu_graph(path: Path) -> InferenceSession:
 
 
 def replay(bundle: Bundle, case: ProbeCase, open_graph: OpenGraph = cpu_graph) -> list[ProbeResult]:
-    """Run one graph on its golden inputs; one result per golden output. BundleError where it does not run."""
+    """Run a graph or a task on its golden inputs; one result per golden output. BundleError where it does not run."""
     golden = _load(bundle.path(case.file), case.file)
     inputs = {name.removeprefix(_INPUT): array for name, array in golden.items() if name.startswith(_INPUT)}
     expected = {name.removeprefix(_OUTPUT): array for name, array in golden.items() if name.startswith(_OUTPUT)}
     if not expected or len(inputs) + len(expected) < len(golden):
         raise BundleError(f"'{case.file}' is no golden probe: it needs arrays in.NAME and out.NAME", fix=COPY_AGAIN)
-    session = open_graph(bundle.path(bundle.manifest.graphs[case.graph].file))
+    actual = _run_task(bundle, case, inputs) if case.graph is None else _run_graph(bundle, case, inputs, open_graph)
+    if missing := expected.keys() - actual.keys():
+        raise BundleError(f"'{case.file}' wants outputs that do not exist: {', '.join(missing)}", fix=COPY_AGAIN)
     by = "" if case.adapter is None else f" by adapter {case.adapter}"
-    actual = session.run(inputs | _factors(bundle, case), list(expected))
     return [
-        ProbeResult(case.graph, f"{name}{by}", difference(found, wanted), case.tolerance)
-        for found, (name, wanted) in zip(actual, expected.items(), strict=True)
+        ProbeResult(case.graph or f"task {case.task}", f"{name}{by}", difference(actual[name], wanted), case.tolerance)
+        for name, wanted in expected.items()
     ]
 
 
-def _factors(bundle: Bundle, case: ProbeCase) -> Arrays:
-    return {} if case.adapter is None else dict(read_adapter(bundle, case.adapter).get(case.graph, {}))
+def _run_graph(bundle: Bundle, case: ProbeCase, inputs: Arrays, open_graph: OpenGraph) -> Arrays:
+    assert case.graph is not None
+    factors = {} if case.adapter is None else read_adapter(bundle, case.adapter).get(case.graph, {})
+    session = open_graph(bundle.path(bundle.manifest.graphs[case.graph].file))
+    return dict(zip(wanted, session.run(inputs | dict(factors), list(wanted)), strict=True))
+
+
+def _run_task(bundle: Bundle, case: ProbeCase, inputs: Arrays) -> Arrays:
+    """What llama.cpp does in a task, on one thread."""
+    from edge_rsvlm.pipeline.engines import CpuEngine
 
 
 def difference(actual: NDArray[Any], expected: NDArray[Any]) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,13 +14,15 @@ from edge_rsvlm.bundle import Bundle, load_bundle
 from edge_rsvlm.config.manifest import Calibration
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.export.artifact import Artifact, file_hash
-from edge_rsvlm.export.proof.accuracy import Compared, compare_answers, compare_labelled
+from edge_rsvlm.export.proof.accuracy import Compared, compare_answers, compare_labelled, listed_by, open_session
 from edge_rsvlm.export.proof.gates import table
-from edge_rsvlm.export.quantize.calibration import Samples, listed, record
+from edge_rsvlm.export.quantize.calibration import Samples, chosen, listed, record, spread
+from edge_rsvlm.export.quantize.likeness import distance_warning, likeness, resolution_warning
 from edge_rsvlm.export.recipe import Recipe
 from edge_rsvlm.export.steps.compile_onnx import BUNDLE
 from edge_rsvlm.export.steps.parity import FAILED, PROBES
 from edge_rsvlm.export.steps.quantize import CALIBRATED, chosen_precisions, quantize
+from edge_rsvlm.export.steps.search import CHOICE, Search, applied
 
 CALIBRATION, COMPARISONS, SAMPLES = "calibration.json", "comparisons.json", "samples"
 ACCURACY = "accuracy"
@@ -54,8 +58,13 @@ class FewerBits:
     def run(self, compiled: Artifact, proven: Artifact) -> Smaller:
         """UsageError without calibration images where they are needed, BundleError when a task loses too much."""
         before = _bundle(compiled)
+        if self.recipe.goal is not None:
+            return self._searched(compiled, proven, before)
         precisions = chosen_precisions(self.recipe, before.manifest, before.folder)
         calibrated = self._calibrated(compiled, before) if set(CALIBRATED) & set(precisions.values()) else None
+        return self._smaller(compiled, proven, calibrated)
+
+    def _smaller(self, compiled: Artifact, proven: Artifact, calibrated: Artifact | None) -> Smaller:
         quantized = self._quantized(compiled, proven, calibrated)
         judged = self._judged(compiled, quantized, calibrated)
         fields: dict[str, Any] = {"comparisons": json.loads((judged.folder / COMPARISONS).read_text())}
@@ -64,6 +73,42 @@ class FewerBits:
         made = (calibrated, quantized, judged)
         return Smaller(tuple(step for step in made if step is not None), quantized, quantized, fields)
 
+    def _searched(self, compiled: Artifact, proven: Artifact, before: Bundle) -> Smaller:
+        """What the goal asks for. Tables and plot of the search are kept beside the bundle."""
+        calibrated = self._calibrated(compiled, before)
+        config = self._said() | {"goal": self.recipe.goal, "evaluate": self._labels()}
+
+        def make(folder: Path) -> dict[str, Any]:
+            search = Search(self.recipe, before, Samples(calibrated.folder / SAMPLES), self.progress("search"))
+            return search.run(folder, lambda recipe: self._lost(recipe, compiled, proven, calibrated))
+
+        searched = self.step("search", config, [compiled, calibrated], make)
+        kept = self.recipe.out.with_name(f"{self.recipe.out.name}.search")
+        shutil.copytree(searched.folder, kept, dirs_exist_ok=True)
+        chosen = replace(self, recipe=applied(self.recipe, json.loads((searched.folder / CHOICE).read_text())))
+        found = chosen._smaller(compiled, proven, calibrated)
+        return replace(found, steps=(searched, *found.steps))
+
+    def _lost(self, recipe: Recipe, compiled: Artifact, proven: Artifact, calibrated: Artifact) -> float:
+        """The greatest loss of a task by its labels, in points."""
+        with tempfile.TemporaryDirectory(prefix="search-") as folder:
+            draft, probes, samples = (
+                compiled.folder / BUNDLE,
+                proven.folder / PROBES,
+                Samples(calibrated.folder / SAMPLES),
+            )
+            quantize(recipe, draft, probes, samples, Path(folder), self.progress("search: quantize"))
+            after = load_bundle(Path(folder) / BUNDLE, allow_unsigned=True, allow_older=True)
+            found = compare_labelled("search", _bundle(compiled), after, recipe.evaluate, self.progress("search"))
+        return 100 * max(comparison.loss for comparison in found.comparisons)
+
+    def _said(self) -> dict[str, Any]:
+        return self.recipe.model_dump(mode="json", include={"target", "engines", "precision", "int8", "int4"})
+
+    def _labels(self) -> list[dict[str, Any]]:
+        choices = self.recipe.evaluate
+        return [choice.model_dump(mode="json") | {"labels": _identity(choice.labels)} for choice in choices]
+
     def _calibrated(self, compiled: Artifact, before: Bundle) -> Artifact:
         images = self.recipe.calibration
         if images is None:
@@ -71,18 +116,32 @@ class FewerBits:
                 f"{self.recipe.target} needs images to find its ranges by",
                 fix='add [calibration] images = "FOLDER" to the recipe, or give --calibration FOLDER',
             )
-        config = images.model_dump(mode="json", exclude={"images"}) | {"images": _identity(images.images)}
+        config = images.model_dump(mode="json", exclude={"images", "pairs"}) | {
+            "images": [_identity(place) for place in images.images],
+            "pairs": images.pairs and _identity(images.pairs),
+        }
 
         def make(folder: Path) -> dict[str, Any]:
             report = self.progress("calibrate")
             _, found = record(before, images, folder / SAMPLES, lambda done, total: report("images", done, total))
+            found = self._compared_with_target(before, found)
             (folder / CALIBRATION).write_text(found.model_dump_json(indent=1) + "\n")
             return {"images": len(found.images)}
 
         return self.step("calibrate", config, [compiled], make)
 
+    def _compared_with_target(self, before: Bundle, found: Calibration) -> Calibration:
+        """With what is to be told about images unlike those that judge."""
+        assert self.recipe.calibration is not None
+        session = open_session(before)
+        used = chosen(self.recipe.calibration)
+        judges = [source for choice in self.recipe.evaluate for source in listed_by(choice)]
+        distance = likeness(session, used, judges) if judges else None
+        told = (resolution_warning(session, used), None if distance is None else distance_warning(distance))
+        warnings = tuple(sentence for sentence in told if sentence is not None)
+        return found.model_copy(update={"distance": distance, "warnings": warnings})
+
     def _quantized(self, compiled: Artifact, proven: Artifact, calibrated: Artifact | None) -> Artifact:
-        said = self.recipe.model_dump(mode="json", include={"target", "engines", "precision", "int8", "int4"})
         samples = None if calibrated is None else Samples(calibrated.folder / SAMPLES)
 
         def make(folder: Path) -> dict[str, Any]:
@@ -90,13 +149,10 @@ class FewerBits:
             return dict(quantize(self.recipe, draft, probes, samples, folder, self.progress("quantize")))
 
         parents = [compiled, proven, *([calibrated] if calibrated else [])]
-        return self.step("quantize", said, parents, make)
+        return self.step("quantize", self._said(), parents, make)
 
     def _judged(self, compiled: Artifact, quantized: Artifact, calibrated: Artifact | None) -> Artifact:
-        labels = [
-            choice.model_dump(mode="json") | {"labels": _identity(choice.labels)} for choice in self.recipe.evaluate
-        ]
-        config = {"evaluate": labels, "allow": list(self.recipe.allow)}
+        config = {"evaluate": self._labels(), "allow": list(self.recipe.allow)}
 
         def make(folder: Path) -> dict[str, Any]:
             found = self._compared(_bundle(compiled), _bundle(quantized), calibrated)
@@ -115,10 +171,10 @@ class FewerBits:
         if images is None:
             return found
         used = set() if calibrated is None else set(_calibration(calibrated).images)
-        everything = listed(images.images)
+        everything = [source for place in listed(images) for source in place]
         unseen = [source for source in everything if source.name not in used] or everything
         judged = {choice.task for choice in self.recipe.evaluate}
-        checks = compare_answers(before, after, unseen[:UNSEEN_IMAGES], images.texts, judged, report)
+        checks = compare_answers(before, after, spread(unseen, UNSEEN_IMAGES), images.texts, judged, report)
         return Compared(found.comparisons, (*found.checks, *checks))
 
     def _gate(self, found: Compared) -> None:

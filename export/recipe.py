@@ -6,6 +6,7 @@ target = "onnx:f16"                      # onnx:f32, onnx:int8, onnx:int4, gguf:
 engines = ["onnxruntime"]                # "tensorrt" beside it: graphs that `engine build` takes on the device
 profile = "jetson-orin-nano-8gb"         # the device it must fit
 out = "geochat.bundle"
+goal = "size=4GiB"                       # or latency=50ms, accuracy-loss=0.5: precisions are then searched for
 
 [[adapters]]                             # PEFT LoRA, merged as W + weight * delta
 path = "harbour-lora"
@@ -34,7 +35,7 @@ scale = 100                              # of which they are shares; left out: p
 max_pixels = 1048576                     # where a model takes images of any size (Qwen2-VL)
 
 [calibration]                            # for targets of fewer bits: images like those of the mission
-images = "tiles"                         # folder, glob or .tar
+images = "tiles"                         # folder, glob or .tar; or a list of them
 count = 64
 texts = ["how many ships are there?"]    # for tasks that take a text
 
@@ -156,6 +157,8 @@ class Recipe(Model):
     int4: Int4 = Int4()
     gguf: Gguf = Gguf()
     evaluate: tuple[Evaluate, ...] = ()
+    goal: str | None = None
+    """Which mix of precisions is wanted, as ``quantize.search.parse_goal`` reads it."""
     allow: tuple[Gate, ...] = ()
     """Gates whose failure does not stop the export; recorded in the bundle."""
 
@@ -180,7 +183,7 @@ class Recipe(Model):
     @property
     def lowered(self) -> bool:
         """Whether a compiled bundle is changed further."""
-        return self.bits in ("int8", "int4") or bool(self.precision) or "tensorrt" in self.engines
+        return self.bits in ("int8", "int4") or bool(self.precision or self.goal) or "tensorrt" in self.engines
 
     @property
     def stored(self) -> Literal["f32", "f16"]:
@@ -216,7 +219,10 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _calibration(base: Path, choice: CalibrationImages | None) -> CalibrationImages | None:
-    return choice and choice.model_copy(update={"images": base / choice.images})
+    if choice is None:
+        return None
+    pairs = base / choice.pairs if choice.pairs else None
+    return choice.model_copy(update={"images": tuple(base / place for place in choice.images), "pairs": pairs})
 
 
 def _evaluate(base: Path, choice: Evaluate) -> Evaluate:

@@ -250,3 +250,5 @@ def test_summary_leads_with_what_most_of_the_scene_agrees_on():
     assert summarise([fields, sea, fields], [1, 1, 1]) == f"{fields}; elsewhere, {sea}"
     assert summarise([fields, sea, fields], [10, 1, 10]) == fields
     assert summarise([], []) == ""
+    assert summarise(["", "  "], [1, 1]) == ""
+    assert summarise(["", sea], [9, 1]) == sea

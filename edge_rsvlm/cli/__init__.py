@@ -11,7 +11,7 @@ from edge_rsvlm import __version__
 
 VERBS = (
     "demo", "caption", "ask", "ground", "detect", "classify", "change", "index", "search", "run",
-    "plan", "doctor", "profiles", "verify", "keys", "eval", "export",
+    "plan", "doctor", "profiles", "verify", "keys", "eval", "engine", "export",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 EXIT_ORDER = (5, 2, 4, 3, 6, 0)
-_ALLOW_OLDER = "edge_rsvlm.allow_older"
+_ALLOW_OLDER, _DEVICE = "edge_rsvlm.allow_older", "edge_rsvlm.device"
 
 _BUNDLE = [
     click.option(
@@ -37,7 +37,17 @@ _BUNDLE = [
         help="Use a version older than one that was accepted before.",
     ),
 ]
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "gpu", "cpu"]),
+    default="auto",
+    show_default=True,
+    expose_value=False,  # only opening a session needs it
+    callback=lambda context, _, value: context.meta.update({_DEVICE: value}),
+    help="GPU needs engines that `engine build` made here; auto: the GPU where they are, else the CPU.",
+)
 _LIMITS = [
+    device_option,
     click.option("--profile", default="host", show_default=True, help="Device whose memory is the limit."),
     click.option("--memory", metavar="SIZE", help="Memory budget, such as 512MiB; refused with exit 4 if too small."),
     click.option("--threads", type=click.IntRange(1, 256), help="CPU threads.  [default: all]"),
@@ -75,6 +85,7 @@ def _decorate(options: list[Any]) -> Callable[[F], F]:
 
 
 bundle_options = _decorate(_BUNDLE)
+trust_options = _decorate(_BUNDLE[1:])
 plan_options = _decorate([*_BUNDLE, *_LIMITS])
 run_options = _decorate([*_BUNDLE, *_LIMITS, *_RUN])
 sampling_options = _decorate(_SAMPLING)
@@ -133,10 +144,16 @@ def open_session(
 ) -> Session:
     """A session whose bundle does all of ``tasks`` and has ``adapter``; UsageError says what it has instead."""
     from edge_rsvlm.bundle import load_bundle
+    from edge_rsvlm.pipeline.devices import place
     from edge_rsvlm.pipeline.session import Session
 
     loaded = load_bundle(bundle, allow_unsigned=allow_unsigned, allow_older=allow_older())
-    session = Session(loaded, limits, started=process_start(), adapter=adapter)
+    placement = place(loaded, click.get_current_context().meta.get(_DEVICE, "auto"))
+    if placement.note:
+        click.echo(placement.note, err=True)
+    session = Session(placement.bundle, limits, started=process_start(), adapter=adapter)
+    if placement.device == "gpu":
+        session.engine_factory = placement.engine
     session.require(*tasks)
     return session
 

@@ -25,6 +25,7 @@ def command() -> None:
 @click.option(
     "--calibration", metavar="FOLDER_OR_TAR", help="Images like those of the mission, for targets of fewer bits."
 )
+@click.option("--goal", metavar="WHAT=HOW_MUCH", help="size=12MiB, latency=50ms or accuracy-loss=0.5: search the mix.")
 @click.option("--profile", help="Device that it must fit.  [default: host]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the new bundle.")
 @click.option(
@@ -36,7 +37,7 @@ def command() -> None:
 @click.option("--explain", "explained", is_flag=True, help="Print the plan and the sizes, and do nothing.")
 def run(
     recipe: Path | None, checkpoint: Path | None, adapter: tuple[str, ...], target: str | None,
-    calibration: str | None, profile: str | None, out: Path | None, allow: tuple[str, ...], explained: bool,
+    calibration: str | None, goal: str | None, profile: str | None, out: Path | None, allow: tuple[str, ...], explained: bool,
 ) -> None:  # fmt: skip
     """Check, merge, compile, prove and quantize a checkpoint, and write it as a bundle.
 
@@ -46,7 +47,7 @@ def run(
     chain = _chain()
     given: dict[str, Any] = {
         "checkpoint": checkpoint, "target": target, "profile": profile, "out": out, "allow": allow,
-        "adapters": [_adapter(text) for text in adapter], "calibration": calibration and {"images": calibration},
+        "adapters": [_adapter(text) for text in adapter], "calibration": calibration and {"images": calibration}, "goal": goal,
     }  # fmt: skip
     wanted = _recipe(recipe, {key: value for key, value in given.items() if value})
     if explained:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_rsvlm.cli.common import ExitCode, Outputs, bundle_options, make_limits, open_session
+from edge_rsvlm.cli.common import ExitCode, Outputs, bundle_options, device_option, make_limits, open_session
 
 if TYPE_CHECKING:
     from edge_rsvlm.cli.deliver import Delivery
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 @click.command("run")
 @click.argument("job", type=click.Path(path_type=Path))
 @bundle_options
+@device_option
 def command(job: Path, bundle: Path | None, allow_unsigned: bool) -> None:
     """Run the tasks of a job file over its scenes, with models loaded once.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from edge_rsvlm.config.model import Model
 from edge_rsvlm.config.prepare import Filter, Step
@@ -347,6 +347,9 @@ class Calibration(Model):
     images: tuple[str, ...]
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """Over the images' names and files, in this order."""
+    distance: float | None = None
+    """To the images that the bundle was judged on, in standard deviations of simple statistics of their pixels."""
+    warnings: tuple[str, ...] = ()
 
 
 class Accuracy(Model):
@@ -379,14 +382,28 @@ class Comparison(Model):
 
 
 class ProbeCase(Model):
-    """Golden inputs and outputs of one graph in an ``.npz``: arrays ``in.NAME`` and ``out.NAME`` by graph names."""
+    """Golden inputs and outputs in an ``.npz``: arrays ``in.NAME`` and ``out.NAME``, of a graph by its own names.
 
-    graph: str
+    Of a task, it is what llama.cpp does in it: ``in.answer`` [A] are tokens of an answer, and ``out.logits`` [A, V]
+    those by which each would be chosen after what stands before it. That is an image's ``in.image`` [H, W, 3] and
+    ``in.text`` where llama.cpp sees for itself, else a prompt: ``in.ids`` and ``in.visual`` [S], ``in.features``
+    [1, T, D], ``in.positions``.
+    """
+
+    graph: str | None = None
+    task: Literal["caption", "ask", "ground"] | None = None
+    """Instead of a graph."""
     file: str
     adapter: str | None = None
     """Whose factors are fed beside them."""
     tolerance: float = Field(gt=0)
     """Greatest absolute difference, as a share of the greatest absolute value of that output."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ProbeCase:
+        if (self.graph is None) == (self.task is None):
+            raise ValueError("a golden probe is of a graph or of a task")
+        return self
 
 
 class StepRecord(Model):

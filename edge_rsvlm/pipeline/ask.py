@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import AnswerTask, GenerateTask
+from edge_rsvlm.config.manifest import AnswerTask, GenerateTask, GgufTask
 from edge_rsvlm.errors import InputError
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.per_tile import Kept, each_tile, emit_tile, mapper_of
@@ -29,12 +29,12 @@ class AskOutcome(Outcome):
 
 
 Answers = Sequence[tuple[str, float]]
-"""What may be the answer, with scores."""
+"""What may be the answer, with scores, best first."""
 
 
 def ask(
     runtime: Runtime,
-    task: GenerateTask | AnswerTask,
+    task: GenerateTask | GgufTask | AnswerTask,
     view: View,
     question: str,
     sampling: Sampling | None,
@@ -81,16 +81,20 @@ def said(answers: Answers, scored: bool) -> dict[str, Any]:
 
 
 class Votes:
-    """Answers of tiles, each weighted by its score and its valid area; spelling differences do not count."""
+    """Answers of tiles, each weighted by its score and its valid area; spelling differences do not count.
+
+    A tile votes for one spelling of a meaning, its best: together they could outvote the answer that it thinks best.
+    """
 
     def __init__(self) -> None:
         self._by_meaning: dict[str, Counter[str]] = {}
 
     def add(self, answers: Answers, weight: float) -> None:
+        best: dict[str, tuple[str, float]] = {}
         for text, score in answers:
-            meaning = " ".join(re.findall(r"\w+", text.casefold())) or text
-            spellings = self._by_meaning.setdefault(meaning, Counter())
-            spellings[text] += weight * score  # type: ignore[assignment]
+            best.setdefault(" ".join(re.findall(r"\w+", text.casefold())) or text, (text, score))
+        for meaning, (text, score) in best.items():
+            self._by_meaning.setdefault(meaning, Counter())[text] += weight * score  # type: ignore[assignment]
 
     def winner(self) -> str | None:
         """The heaviest answer as it was spelt most; of equals, the first."""

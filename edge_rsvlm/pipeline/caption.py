@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edge_rsvlm.config.manifest import GenerateTask
+from edge_rsvlm.config.manifest import GenerateTask, GgufTask
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.per_tile import each_tile, emit_tile, mapper_of
 from edge_rsvlm.pipeline.runtime import Pace, Runtime
@@ -21,7 +21,7 @@ class CaptionOutcome(Outcome):
 
 
 def caption(
-    runtime: Runtime, task: GenerateTask, view: View, sampling: Sampling | None, pace: Pace, emit: Emit
+    runtime: Runtime, task: GenerateTask | GgufTask, view: View, sampling: Sampling | None, pace: Pace, emit: Emit
 ) -> CaptionOutcome:
     """Emit ``{"caption", "box"}`` per tile (box x, y, w, h in raster pixels) and return the image's caption."""
     outcome = CaptionOutcome()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_rsvlm.config.manifest import DetectTask, GenerateTask, OpenDetectTask
+from edge_rsvlm.config.manifest import DetectTask, GenerateTask, GgufTask, OpenDetectTask
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.pipeline.boxes import Find, merge_boxes
 from edge_rsvlm.pipeline.cut import extent_xy
@@ -75,7 +75,7 @@ def detect(
     return outcome
 
 
-def border_px(task: OpenDetectTask | GenerateTask) -> float:
+def border_px(task: OpenDetectTask | GenerateTask | GgufTask) -> float:
     """How far beyond its own part of the scene a tile may see the centre of an object."""
     return BORDER_SHARE * task.input.overlap_px
 

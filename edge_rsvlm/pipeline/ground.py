@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_rsvlm.config.manifest import BoxFormat, GenerateTask, OpenDetectTask
+from edge_rsvlm.config.manifest import BoxFormat, GenerateTask, GgufTask, OpenDetectTask
 from edge_rsvlm.errors import BundleError
 from edge_rsvlm.pipeline.boxes import Find, merge_boxes
 from edge_rsvlm.pipeline.cut import extent_xy
@@ -24,7 +24,7 @@ WRITTEN_NMS_IOU = 0.5
 
 
 def ground(
-    runtime: Runtime, task: GenerateTask | OpenDetectTask, view: View, phrase: str, pace: Pace, emit: Emit
+    runtime: Runtime, task: GenerateTask | GgufTask | OpenDetectTask, view: View, phrase: str, pace: Pace, emit: Emit
 ) -> Outcome:
     """Emit the boxes of ``phrase``: ``{"label", "score", "box"}``, box x, y, w, h in raster pixels.
 
@@ -44,7 +44,7 @@ def ground(
     return outcome
 
 
-def _written(runtime: Runtime, task: GenerateTask, phrase: str) -> Find:
+def _written(runtime: Runtime, task: GenerateTask | GgufTask, phrase: str) -> Find:
     form = task.boxes
     if form is None:
         raise BundleError("the ground task does not say how boxes are written", fix="export the bundle again")

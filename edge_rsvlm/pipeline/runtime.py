@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, overload
 
 from numpy.typing import NDArray
 
@@ -17,6 +17,7 @@ from edge_rsvlm.config.manifest import (
     DetectTask,
     GenerateTask,
     GgufDecoder,
+    GgufTask,
     Graph,
     Manifest,
     MatchTask,
@@ -33,20 +34,22 @@ from edge_rsvlm.tasks.change import ChangeDetector
 from edge_rsvlm.tasks.decoder import OnnxLanguage, cache_names
 from edge_rsvlm.tasks.detect import Detector
 from edge_rsvlm.tasks.generate import Generator, Vision
+from edge_rsvlm.tasks.gguf import GgufGenerator, VisionLanguageModel
 from edge_rsvlm.tasks.match import Matcher
 from edge_rsvlm.tasks.open_detect import OpenDetector
 from edge_rsvlm.tasks.text import Texts
 from edge_rsvlm.types import InferenceSession, LanguageModel
 
 T = TypeVar("T")
-AnyTask = DetectTask | OpenDetectTask | ChangeTask | GenerateTask | AnswerTask | MatchTask
+AnyTask = DetectTask | OpenDetectTask | ChangeTask | GenerateTask | GgufTask | AnswerTask | MatchTask
 
 
 class Engine(Protocol):
     """What the runtime needs of an engine."""
 
     def open(self, graph: Path) -> InferenceSession: ...
-    def open_language(self, model: Path, context_tokens: int) -> LanguageModel: ...
+    def open_language(self, model: Path, context_tokens: int, beams: int = 1) -> LanguageModel: ...
+    def open_vision_language(self, model: Path, projector: Path, context_tokens: int) -> VisionLanguageModel: ...
 
 
 @dataclass(frozen=True)
@@ -136,19 +139,40 @@ class Runtime:
     def change_detector(self, task: ChangeTask) -> ChangeDetector:
         return ChangeDetector(task, self.open(task.encoder), self.open(task.head))
 
-    def generator(self, verb: str, task: GenerateTask) -> Generator:
-        def make() -> Generator:
+    @overload
+    def generator(self, verb: str, task: GenerateTask) -> Generator: ...
+    @overload
+    def generator(self, verb: str, task: GenerateTask | GgufTask) -> Generator | GgufGenerator: ...
+
+    def generator(self, verb: str, task: GenerateTask | GgufTask) -> Generator | GgufGenerator:
+        """What writes the answers of a task."""
+
+        def make() -> Generator | GgufGenerator:
+            if isinstance(task, GgufTask):
+                return GgufGenerator(task, self.vision_language(task))
             project = None if task.project is None else self.open(task.project)
             vision = Vision(self.open(task.encoder), project)
-            return Generator(task, vision, self._language(task.decoder), self.bundle.path(task.tokenizer.file))
+            return Generator(task, vision, self.language(task), self.bundle.path(task.tokenizer.file))
 
         return self._once(("generate", verb), make)
 
-    def _language(self, spec: OnnxDecoder | GgufDecoder) -> LanguageModel:
+    def language(self, task: GenerateTask) -> LanguageModel:
+        """What writes a task's answers; a GGUF model is loaded once, with caches for the task that needs the most."""
+        spec = task.decoder
         if isinstance(spec, GgufDecoder):
-            return self._engine.open_language(self.bundle.path(spec.model.file), spec.context_tokens)
+            file = self.bundle.path(spec.model.file)
+            context_tokens, beams = _most(self.manifest.tasks, spec.model.file)
+            return self._once(
+                ("language", spec.model.file), lambda: self._engine.open_language(file, context_tokens, beams)
+            )
         roles = frozenset(self.manifest.graphs[spec.graph].inputs)
         return OnnxLanguage(spec, self.open(spec.embed), self.open(spec.graph), roles)
+
+    def vision_language(self, task: GgufTask) -> VisionLanguageModel:
+        """What answers a task all alone; shared by tasks of the same files."""
+        key = ("vision-language", task.model.file, task.projector.file, task.context_tokens)
+        files = self.bundle.path(task.model.file), self.bundle.path(task.projector.file)
+        return self._once(key, lambda: self._engine.open_vision_language(*files, task.context_tokens))
 
     def answerer(self, task: AnswerTask) -> Answerer:
         def make() -> Answerer:
@@ -180,6 +204,17 @@ def _caches(tasks: Tasks, graph: str) -> frozenset[str]:
     decoders = [task.decoder for _, task in _present(tasks) if isinstance(task, GenerateTask)]
     caches = [d.cache for d in decoders if isinstance(d, OnnxDecoder) and d.graph == graph]
     return frozenset(name for cache in caches for name in cache_names(cache).values())
+
+
+def _most(tasks: Tasks, model: str) -> tuple[int, int]:
+    """The longest context and the most beams of the tasks whose answers this GGUF model writes."""
+    found = [
+        (task.decoder.context_tokens, task.beams)
+        for _, task in _present(tasks)
+        if isinstance(task, GenerateTask) and isinstance(task.decoder, GgufDecoder) and task.decoder.model.file == model
+    ]
+    contexts, beams = zip(*found, strict=True)
+    return max(contexts), max(beams)
 
 
 def _present(tasks: Tasks) -> list[tuple[str, AnyTask]]:
@@ -219,19 +254,19 @@ def change_task(manifest: Manifest) -> ChangeTask:
     return manifest.tasks.change
 
 
-def caption_task(manifest: Manifest) -> GenerateTask:
+def caption_task(manifest: Manifest) -> GenerateTask | GgufTask:
     if manifest.tasks.caption is None:
         raise _lacking(manifest, "caption")
     return manifest.tasks.caption
 
 
-def ask_task(manifest: Manifest) -> GenerateTask | AnswerTask:
+def ask_task(manifest: Manifest) -> GenerateTask | GgufTask | AnswerTask:
     if manifest.tasks.ask is None:
         raise _lacking(manifest, "ask")
     return manifest.tasks.ask
 
 
-def ground_task(manifest: Manifest) -> GenerateTask | OpenDetectTask:
+def ground_task(manifest: Manifest) -> GenerateTask | GgufTask | OpenDetectTask:
     if manifest.tasks.ground is None:
         raise _lacking(manifest, "ground")
     return manifest.tasks.ground

@@ -129,13 +129,16 @@ class Session:
             with self._pace(needs, progress) as (runtime, pace):
                 yield runtime, view, pace
 
-    def seen(self, verb: str, path: str) -> Iterator[tuple[Runtime, list[Prepared]]]:
-        """The tiles of an image as the model sees them, batch by batch, with what runs it."""
+    def seen(self, verb: str, path: str, most: int) -> tuple[Runtime, list[Prepared]]:
+        """The first ``most`` valid tiles of an image as the model sees them, and what runs it."""
+        found: list[Prepared] = []
         with self._seeing(verb, path, None) as (runtime, view, pace), scene_batches(view, pace, Outcome()) as source:
             for tiles in source:
                 kept = np.flatnonzero(tiles.valid_fraction_N > 0)
-                if len(kept):
-                    yield runtime, tiles.dates[0].chosen(kept)
+                found += tiles.dates[0].chosen(kept) if len(kept) else []
+                if len(found) >= most:
+                    break
+            return runtime, found[:most]
 
     def detect(self, path: str, query: DetectQuery, emit: Emit, progress: Progress | None = None) -> Outcome:
         task = detect_task(self.bundle.manifest)

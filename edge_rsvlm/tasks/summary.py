@@ -13,11 +13,12 @@ def summarise(captions: Sequence[str], weights: Sequence[float]) -> str:
     """One sentence for a scene from its tile captions, weighted by valid area.
 
     The caption that agrees best with all others (weighted word overlap) leads; a second one follows when captions
-    unlike the first cover at least 15 % of the scene.
+    unlike the first cover at least 15 % of the scene. Captions without a word say nothing of it.
     """
     share: Counter[str] = Counter()
     for caption, weight in zip(captions, weights, strict=True):
-        share[caption] += weight / sum(weights)  # type: ignore[assignment]
+        if caption.split():
+            share[caption] += weight / sum(weights)  # type: ignore[assignment]
     if not share:
         return ""
     first = _most_agreed(share, share)

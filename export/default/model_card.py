@@ -45,9 +45,9 @@ two cities as well: take their score as a little too high.
 {scores}
 
 {costs}Simple baselines on the same images (`python -m edge_rsvlm.export.default.baselines`): the consensus of the
-captions of the five nearest training images (ImageNet MobileNetV2 features) has CIDEr {facts.consensus.cider:.2f} and BLEU-4
-{facts.consensus.bleu4:.3f}; smoothed change vector analysis on the OSCD cities, at its best possible threshold, has F1
-{facts.change_vectors:.3f}.
+captions of the five nearest training images (ImageNet MobileNetV2 features) has CIDEr {facts.consensus.cider:.2f}
+and BLEU-4 {facts.consensus.bleu4:.3f}; smoothed change vector analysis on the OSCD cities, at its best possible
+threshold, has F1 {facts.change_vectors:.3f}.
 
 Commands that reproduce the rows:
 

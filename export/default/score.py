@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 DATA = "../shared/data"
 """Where the commands look for data, from the project's root."""
@@ -39,8 +39,8 @@ REPORTED = {
 }
 
 
-def evaluations(data: Path, folder: Path) -> list[dict[str, Any]]:
-    """``Accuracy`` entries of the manifest for the bundle in ``folder``."""
+def evaluations(data: Path, folder: Path, log: TextIO = sys.stdout) -> list[dict[str, Any]]:
+    """``Accuracy`` entries of the manifest for the bundle in ``folder``; scores are told to ``log`` as they come."""
     found = []
     for title, pattern in EVALUATIONS:
         command = pattern.format(data=DATA)
@@ -53,7 +53,7 @@ def evaluations(data: Path, folder: Path) -> list[dict[str, Any]]:
              "interval": [round(v, 4) for v in s["interval"]], "data": title, "command": command}
             for s in scores
         ]  # fmt: skip
-        print(f"{title}: " + ", ".join(f"{s['metric']} {s['value']:.3f}" for s in scores), flush=True)
+        print(f"{title}: " + ", ".join(f"{s['metric']} {s['value']:.3f}" for s in scores), file=log, flush=True)
     return found
 
 

@@ -18,7 +18,7 @@ from edge_rsvlm.export.families.base import Arrays, GraphInput, GraphPlan, Sourc
 from edge_rsvlm.export.families.causal_decoder import TextModel
 from edge_rsvlm.export.families.generation import GenerativeFamily, greedy
 from edge_rsvlm.export.families.image_processors import load_image_processor
-from edge_rsvlm.export.families.tokenizers import load_tokenizer
+from edge_rsvlm.export.families.tokenizers import FILE, load_tokenizer
 
 
 class Blip2Vision(nn.Module):
@@ -72,8 +72,19 @@ class Blip2(GenerativeFamily):
     def chat_prompt(self, source: Source, tokenizer: Any) -> chat.Prompt:
         return chat.Prompt(self.prompt, add_special_tokens=True)
 
-    def caption_prompt(self, prompt: chat.Prompt) -> str:
-        return ""  # BOS alone, from which the text model was trained to go on with a caption
+    def caption_fields(self, source: Source, tokenizer: Any, prompt: chat.Prompt) -> dict[str, Any]:
+        """BOS alone, from which the text model was trained to go on with a caption: its own, not the tokenizer's."""
+        bos = source.config.text_config.bos_token_id
+        token = None if bos is None else tokenizer.convert_ids_to_tokens(bos)
+        if tokenizer("")["input_ids"] == [bos] or token is None:
+            return {"prompt": ""}
+        if tokenizer(token, add_special_tokens=False)["input_ids"] != [bos]:
+            raise UsageError(
+                f"{source.folder}: captions begin with the token {bos} ('bos_token_id' of text_config), which the "
+                "tokenizer does not write",
+                fix="use the tokenizer files that the model was published with",
+            )
+        return {"prompt": token, "tokenizer": {"file": FILE, "add_special_tokens": False}}
 
     def generation_config(self, source: Source) -> GenerationConfig:
         # The text model generates by its own config, whatever the whole one's says.
@@ -87,15 +98,17 @@ class Blip2(GenerativeFamily):
 
     def reference(self, source: Source, model: nn.Module, image_HWC: NDArray[np.uint8], text: str) -> Arrays:
         inputs = dict(self.inputs(source, Image.fromarray(image_HWC), text))
+        ends = self.eos_ids(source, load_tokenizer(source.folder, source.config))
         index, queries = source.config.image_token_index, source.config.num_query_tokens
         if index is not None:
             inputs["input_ids"] = torch.cat([torch.full((1, queries), index), inputs["input_ids"]], dim=1)
-            return greedy(model, inputs)
+            return greedy(model, inputs, ends)
         # Saved before image tokens were: there the features simply came first.
         with torch.no_grad():
             features = model.get_image_features(inputs["pixel_values"]).pooler_output
             embeds = torch.cat([features, model.get_input_embeddings()(inputs["input_ids"])], dim=1)
-        return greedy(model.language_model, {"inputs_embeds": embeds, "attention_mask": torch.ones(embeds.shape[:2])})
+        seen = torch.ones(embeds.shape[:2])
+        return greedy(model.language_model, {"inputs_embeds": embeds, "attention_mask": seen}, ends)
 
 
 def _check_text_model(config: PretrainedConfig) -> None:

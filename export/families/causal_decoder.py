@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 MASKED = -3e4
 """Added to scores of keys that a query must not see: exp() of it is 0, and half precision can still hold it."""
 FULL, SLIDING = "full_attention", "sliding_attention"
+CHANGING_ROPE = {
+    "dynamic": "take rope_scaling out of config.json: up to max_position_embeddings tokens the model is the same",
+    "longrope": "export a model whose rope_type is default, linear, llama3 or yarn",
+}
+"""Rotary embeddings whose frequencies change with the length of the text, which a graph cannot do."""
 PAST, PRESENT = "past_key_values.{layer}.{part}", "present.{layer}.{part}"
 
 
@@ -98,6 +103,17 @@ def _windows(config: PretrainedConfig) -> dict[str, int | None]:
     return {kind: known[kind] for kind in kinds}
 
 
+def _check_rope(config: PretrainedConfig) -> None:
+    """UsageError for frequencies that are not the same at every length."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
+    for kind in CHANGING_ROPE.keys() & kinds:
+        raise UsageError(
+            f"the text model {config.model_type} has rotary embeddings of the type '{kind}', which is not supported",
+            fix=CHANGING_ROPE[kind],
+        )
+
+
 def cache_of(config: PretrainedConfig) -> dict[str, Any]:
     """The manifest's ``cache`` of a text config."""
     heads = config.num_attention_heads
@@ -129,6 +145,7 @@ def embed_plan(find: Callable[[nn.Module], TextModel]) -> GraphPlan:
 
 def decoder_plan(config: PretrainedConfig, find: Callable[[nn.Module], TextModel], *, mrope: bool) -> GraphPlan:
     """``decoder`` of a text config; ``mrope`` has three rows of positions."""
+    _check_rope(config)
     cache = cache_of(config)
     past = ("batch", cache["heads"], "past", cache["head_dim"])
     positions = (3, "batch", "tokens") if mrope else ("batch", "tokens")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,9 @@ class GenerativeFamily(Family):
     def chat_prompt(self, source: Source, tokenizer: Any) -> chat.Prompt:
         return chat.expand(source.folder, tokenizer, image_token(source, tokenizer), self.prompt)
 
-    def caption_prompt(self, prompt: chat.Prompt) -> str:
-        return prompt.text.replace(chat.TEXT, CAPTION)
+    def caption_fields(self, source: Source, tokenizer: Any, prompt: chat.Prompt) -> dict[str, Any]:
+        """What the task ``caption`` has otherwise than ``ask``."""
+        return {"prompt": prompt.text.replace(chat.TEXT, CAPTION)}
 
     def generation_config(self, source: Source) -> GenerationConfig:
         """What transformers generates by."""
@@ -94,7 +95,7 @@ class GenerativeFamily(Family):
         prompt = self.chat_prompt(source, tokenizer)
         common = self._task(source, tokenizer, prompt)
         tasks = {
-            "caption": {**common, "prompt": self.caption_prompt(prompt)},
+            "caption": {**common, **self.caption_fields(source, tokenizer, prompt)},
             "ask": {**common, "prompt": prompt.text},
         }
         if grounding := self.grounding(source):
@@ -104,7 +105,8 @@ class GenerativeFamily(Family):
         return Description(graphs, tasks, {FILE: tokenizer_json(tokenizer)})
 
     def reference(self, source: Source, model: nn.Module, image_HWC: NDArray[np.uint8], text: str) -> Arrays:
-        return greedy(model, self.inputs(source, Image.fromarray(image_HWC), text))
+        ends = self.eos_ids(source, load_tokenizer(source.folder, source.config))
+        return greedy(model, self.inputs(source, Image.fromarray(image_HWC), text), ends)
 
     def _task(self, source: Source, tokenizer: Any, prompt: chat.Prompt) -> dict[str, Any]:
         return {
@@ -164,8 +166,12 @@ def repetition_penalty(generation: GenerationConfig, folder: Path) -> float:
     return float(generation.repetition_penalty or 1.0)
 
 
-def greedy(model: nn.Module, inputs: Mapping[str, Tensor]) -> Arrays:
-    """``tokens`` (at most 16, the end included), and ``logits`` [V] of the first before a penalty is applied."""
+def greedy(model: nn.Module, inputs: Mapping[str, Tensor], ends: Sequence[int]) -> Arrays:
+    """``tokens`` (at most 16, the end included), and ``logits`` [V] of the first before a penalty is applied.
+
+    ``ends`` are for a model whose own settings name no end: transformers would never stop.
+    """
+    endless = model.generation_config.eos_token_id is None
     with torch.no_grad():
         answer = model.generate(
             **inputs,
@@ -174,6 +180,7 @@ def greedy(model: nn.Module, inputs: Mapping[str, Tensor]) -> Arrays:
             num_beams=1,
             return_dict_in_generate=True,
             output_logits=True,
+            **({"eos_token_id": list(ends)} if endless else {}),
         )
     tokens = answer.sequences[0, -len(answer.logits) :]
     return {"tokens": tokens.numpy(), "logits": answer.logits[0][0].float().numpy()}

@@ -77,13 +77,13 @@ def _cut(
     groups: list[list[onnx.NodeProto]] = [[]]
     held: dict[str, int] = {}
     for node in nodes:
-        added = {name: _bytes(initializers[name]) for name in _read_names(node) if name in initializers}
+        added = {name: _bytes(initializers[name]) for name in names_read(node) if name in initializers}
         if groups[-1] and sum((held | added).values()) > slice_bytes:
             groups.append([])
             held = {}
         groups[-1].append(node)
         held |= added
-    reads = [{name for node in group for name in _read_names(node)} for group in groups]
+    reads = [{name for node in group for name in names_read(node)} for group in groups]
     makes = [[name for node in group for name in node.output if name] for group in groups]
     slices, available = [], set(inputs)
     for index, group in enumerate(groups):
@@ -100,12 +100,12 @@ def _cut(
     return slices
 
 
-def _read_names(node: onnx.NodeProto) -> set[str]:
+def names_read(node: onnx.NodeProto) -> set[str]:
     """Inputs of a node, and what its subgraphs read from outside (with names of their own among them)."""
     names = {name for name in node.input if name}
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
-            names |= {name for inner in graph.node for name in _read_names(inner)}
+            names |= {name for inner in graph.node for name in names_read(inner)}
             names |= {output.name for output in graph.output}
     return names
 

@@ -14,7 +14,15 @@ import numpy as np
 
 from edge_rsvlm.budget import process_bytes
 from edge_rsvlm.bundle import load_bundle
-from edge_rsvlm.config.manifest import AnswerTask, ChangeTask, DetectTask, GenerateTask, InputSpec, OpenDetectTask
+from edge_rsvlm.config.manifest import (
+    AnswerTask,
+    ChangeTask,
+    DetectTask,
+    GenerateTask,
+    GgufTask,
+    InputSpec,
+    OpenDetectTask,
+)
 from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, task_of
 from edge_rsvlm.pipeline.scaling import per_channel
 from edge_rsvlm.tasks.encode import encode
@@ -42,7 +50,7 @@ def runner(runtime: Runtime, verb: str) -> Run:
     if isinstance(task, ChangeTask):
         changes = runtime.change_detector(task)
         return lambda n: changes(pixels(task.input, n), pixels(task.input, n))
-    if isinstance(task, GenerateTask):
+    if isinstance(task, (GenerateTask, GgufTask)):
         generator = runtime.generator(verb, task)
         short = Sampling(temperature=0.0, max_tokens=min(ANSWER_TOKENS, task.max_tokens))
         return lambda n: generator([prepared(task.input, k) for k in range(n)], TEXT, short)
@@ -82,12 +90,14 @@ def main() -> None:
     before = process_bytes()
     run = runner(Runtime(bundle, cpu_engine(1, UNBOUNDED)), verb)
     opened = process_bytes()
-    # The arena keeps what it took: memory after a run is the run's peak.
+    # Engines keep what they took: memory after a run is the run's peak. Weights of llama.cpp are mapped, and do not
+    # count; its caches and buffers, and weights in another layout than the file's, do.
     run(1)
     one = process_bytes()
     run(TILES)
     several = process_bytes()
-    per_tile = max(one - opened, -(-(several - opened) // TILES), 1)
+    # llama.cpp opens with the caches of one image: what more images take is not their mean.
+    per_tile = max(one - opened, -(-(several - one) // (TILES - 1)), 1)
     print(json.dumps({"session_bytes": max(opened - before, 1), "tile_bytes": per_tile}))
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from edge_rsvlm.config.model import Model
 
@@ -16,13 +16,20 @@ Ranges = Literal["minmax", "percentile", "entropy"]
 WeightMethod = Literal["rtn", "gptq", "awq"]
 
 
+def _several(given: Any) -> Any:
+    return [given] if isinstance(given, (str, Path)) else given
+
+
 class CalibrationImages(Model):
     """Images like those of the mission, cut by the runtime's own tile definition."""
 
-    images: Path
-    """A folder, a glob, or a .tar."""
+    images: Annotated[tuple[Path, ...], BeforeValidator(_several), Field(min_length=1)]
+    """Folders, globs, or .tar archives; one, or a list."""
+    pairs: Path | None = None
+    """For the change task: a folder of pairs as ``edge-rsvlm eval change`` reads it; without it, images that follow
+    each other."""
     count: int = Field(default=64, gt=0)
-    """So many of them, evenly spread over the sorted names."""
+    """So many images, of each place alike and evenly spread over its sorted names."""
     texts: tuple[str, ...] = ()
     """Questions, labels or phrases for the tasks that take a text; each image is asked the next one."""
 

@@ -90,7 +90,7 @@ def tasks(recipe: Recipe, description: Description, session_bytes: int) -> dict[
             if recipe.prompts.label and key in task:
                 task[key] = recipe.prompts.label
     if recipe.prompts.caption and "ask" in found and "caption" in found:
-        found["caption"]["prompt"] = found["ask"]["prompt"].replace("{text}", recipe.prompts.caption)
+        found["caption"] = {**found["ask"], "prompt": found["ask"]["prompt"].replace("{text}", recipe.prompts.caption)}
     return found
 
 

@@ -26,7 +26,6 @@ from edge_rsvlm.export.quantize.weight_only import quantize_int4
 from edge_rsvlm.export.recipe import Recipe
 from edge_rsvlm.export.steps.compile_onnx import BUNDLE
 from edge_rsvlm.export.steps.parity import BY_ADAPTER, PROBES
-from edge_rsvlm.export.tensorrt.shapes import shape_ranges
 from edge_rsvlm.pipeline.adapters import read_adapter
 
 CALIBRATED = ("int8", "int4")
@@ -112,6 +111,8 @@ def quantize(
         metrics |= {f"{name} {key}": value for key, value in found.items()}
         graph["precision"] = precision
         if tensorrt is not None:
+            from edge_rsvlm.export.tensorrt.shapes import shape_ranges
+
             shapes = shape_ranges(manifest, name, tensorrt)
             graph["tensorrt"] = {"file": tensorrt.name, "shapes": {k: v.model_dump() for k, v in shapes.items()}}
         progress(name, 1, 1)

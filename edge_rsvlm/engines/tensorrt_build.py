@@ -1,0 +1,135 @@
+"""ONNX -> TensorRT engine, on the machine that will run it: strongly typed, so that the file's types decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_rsvlm.config.manifest import ShapeRange
+from edge_rsvlm.config.units import format_bytes
+from edge_rsvlm.engines.cuda import Cuda, Gpu
+from edge_rsvlm.engines.tensorrt_library import CLASSIC, Builder, Complaints, Config, Network, Parser, Profile, TensorRt
+from edge_rsvlm.errors import BudgetError, BundleError
+
+BUILD_FACTOR = 4
+"""Weights as read, as laid out for the kernels tried, as serialized, and scratch: three to four times the weights."""
+PROC = Path("/proc")
+SMALLER = "free memory (close the desktop), build a smaller precision, or run with --device cpu"
+Shapes = Mapping[str, ShapeRange]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a build may take. ``contiguous_bytes`` in one piece; None where a GPU's own memory has no such bound.
+
+    A Jetson's GPU takes memory from Linux, and large blocks from the contiguous pool (CMA).
+    """
+
+    free_bytes: int
+    contiguous_bytes: int | None = None
+
+
+def room(cuda: Cuda, gpu: Gpu, proc: Path = PROC) -> Room:
+    """What is free now."""
+    if not gpu.integrated:
+        return Room(cuda.free_bytes())
+    lines = (proc / "meminfo").read_text().splitlines()
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if ":" in line}
+    pieces = max(kib.get("CmaFree", 0) * 1024, _largest_block(proc))
+    return Room(kib["MemAvailable"] * 1024, pieces)
+
+
+def _largest_block(proc: Path) -> int:
+    """Of the buddy allocator: column k counts free blocks of 2**k pages of 4 KiB."""
+    largest = 0
+    for line in (proc / "buddyinfo").read_text().splitlines():
+        counts = [int(text) for text in line.split()[4:]]
+        orders = [order for order, count in enumerate(counts) if count]
+        largest = max(largest, 4096 << max(orders)) if orders else largest
+    return largest
+
+
+def require_room(found: Room, graph: str, parameter_bytes: int, largest_bytes: int) -> None:
+    """BudgetError, with the numbers, unless a build of so many bytes of weights fits; ``largest_bytes`` has the largest
+    tensor."""
+    needed = BUILD_FACTOR * parameter_bytes
+    if found.free_bytes < needed:
+        raise BudgetError(
+            f"building {graph} takes about {format_bytes(needed)} ({BUILD_FACTOR} times its "
+            f"{format_bytes(parameter_bytes)} of weights), and {format_bytes(found.free_bytes)} are free",
+            fix=SMALLER,
+        )
+    if found.contiguous_bytes is not None and found.contiguous_bytes < largest_bytes:
+        raise BudgetError(
+            f"building {graph} takes {format_bytes(largest_bytes)} in one piece for its largest weight, and the largest "
+            f"free piece of memory is {format_bytes(found.contiguous_bytes)}",
+            fix="restart the board, give the kernel a larger pool (cma=950M in extlinux.conf), or run with --device cpu",
+        )
+
+
+@dataclass(frozen=True)
+class Built:
+    """``timing_cache`` makes the next build on this GPU faster; empty where the library has none."""
+
+    plan: bytes
+    timing_cache: bytes
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """``workspace_bytes`` bounds scratch memory. ``compute_capability`` (as "8.6") compiles for that GPU without having
+    one, which only TensorRT for RTX can."""
+
+    workspace_bytes: int
+    timing_cache: bytes = b""
+    compute_capability: str | None = None
+
+
+def build(library: TensorRt, complaints: Complaints, graph: Path, shapes: Shapes, settings: BuildSettings) -> Built:
+    """The engine of an ONNX file; BundleError says which node or shape TensorRT does not take."""
+    builder = library.Builder(complaints.logger)
+    flag = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))  # without the flag nothing else exists
+    parser = library.OnnxParser(network, complaints.logger)
+    if not parser.parse_from_file(str(graph)):
+        raise BundleError(f"TensorRT cannot read {graph.name}: {_mistakes(parser)}", fix="export it for TensorRT again")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
+    _add_profile(builder, network, config, graph, shapes)
+    if settings.compute_capability is not None:
+        number = settings.compute_capability.replace(".", "")
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(library.ComputeCapability, f"SM{number}"), 0)
+    cached = library.__name__ == CLASSIC  # for RTX there are no timings
+    if cached and not config.set_timing_cache(config.create_timing_cache(settings.timing_cache), False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)  # it was another GPU's
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BundleError(f"TensorRT cannot build {graph.name}: {complaints.reason()}", fix=SMALLER)
+    return Built(bytes(plan), bytes(config.get_timing_cache().serialize()) if cached else b"")
+
+
+def _mistakes(parser: Parser) -> str:
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    return "; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors) or "it does not say why"
+
+
+def _add_profile(builder: Builder, network: Network, config: Config, graph: Path, shapes: Shapes) -> None:
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        span = shapes.get(tensor.name)
+        if span is not None:
+            _set_shape(profile, tensor.name, span)
+        elif min(tensor.shape, default=0) < 0:
+            raise BundleError(f"the manifest has no shapes for '{tensor.name}' of {graph.name}", fix="export it again")
+    if config.add_optimization_profile(profile) < 0:
+        raise BundleError(f"TensorRT refuses the shapes of {graph.name}", fix="export it again")
+
+
+def _set_shape(profile: Profile, name: str, span: ShapeRange) -> None:
+    try:
+        profile.set_shape(name, span.least, span.usual, span.most)
+    except ValueError as exc:
+        raise BundleError(f"TensorRT refuses the shapes {span} of '{name}' ({exc})", fix="export it again") from exc

@@ -1,0 +1,171 @@
+"""TensorRT found and loaded: what is common to its versions 10.3 (JetPack 6.2) to 11 and to TensorRT for RTX.
+
+JetPack's own Python has the library; a virtual environment sees it where it was made with --system-site-packages.
+TensorRT for RTX comes from PyPI and compiles without a GPU, for desktop GPUs alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import deque
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Protocol, cast
+
+from edge_rsvlm.errors import UsageError
+
+NAMES = ("tensorrt", "tensorrt_rtx")
+CLASSIC = NAMES[0]
+INSTALL = (
+    "on a Jetson make the environment with `python3 -m venv --system-site-packages`, so that it sees JetPack's "
+    "TensorRT; elsewhere `pip install tensorrt-cu12`, or 'edge-rsvlm[tensorrt-rtx]' for desktop GPUs"
+)
+Shape = tuple[int, ...]
+
+
+class Context(Protocol):
+    """IExecutionContext."""
+
+    def set_device_memory(self, memory: int, size: int) -> None: ...
+    def set_input_shape(self, name: str, shape: Shape) -> bool: ...
+    def get_tensor_shape(self, name: str) -> Sequence[int]: ...
+    def get_max_output_size(self, name: str) -> int: ...
+    def set_tensor_address(self, name: str, address: int) -> bool: ...
+    def execute_async_v3(self, stream_handle: int) -> bool: ...
+
+
+class Engine(Protocol):
+    """ICudaEngine."""
+
+    @property
+    def num_io_tensors(self) -> int: ...
+    @property
+    def device_memory_size_v2(self) -> int: ...
+    def get_tensor_name(self, index: int) -> str: ...
+    def get_tensor_mode(self, name: str) -> Any: ...
+    def get_tensor_dtype(self, name: str) -> Any: ...
+    def get_tensor_shape(self, name: str) -> Sequence[int]: ...
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> Sequence[Sequence[int]]: ...
+    def create_execution_context(self, strategy: Any) -> Context | None: ...
+
+
+class Runtime(Protocol):
+    def deserialize_cuda_engine(self, serialized_engine: bytes) -> Engine | None: ...
+
+
+class NetworkInput(Protocol):
+    """ITensor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+class Network(Protocol):
+    """INetworkDefinition."""
+
+    @property
+    def num_inputs(self) -> int: ...
+    def get_input(self, index: int) -> NetworkInput: ...
+
+
+class Profile(Protocol):
+    """IOptimizationProfile."""
+
+    def set_shape(self, input: str, min: Shape, opt: Shape, max: Shape) -> None: ...
+
+
+class ParserError(Protocol):
+    def desc(self) -> str: ...
+    def node_name(self) -> str: ...
+    def node_operator(self) -> str: ...
+
+
+class Parser(Protocol):
+    """OnnxParser."""
+
+    @property
+    def num_errors(self) -> int: ...
+    @property
+    def num_subgraphs(self) -> int: ...
+    def parse_from_file(self, model: str) -> bool: ...
+    def get_error(self, index: int) -> ParserError: ...
+    def supports_model_v2(self, model: bytes, path: str) -> bool: ...
+    def is_subgraph_supported(self, index: int) -> bool: ...
+    def get_subgraph_nodes(self, index: int) -> Sequence[int]: ...
+
+
+class Config(Protocol):
+    """IBuilderConfig; the last three are of TensorRT for RTX."""
+
+    def add_optimization_profile(self, profile: Profile) -> int: ...
+    def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None: ...
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> Any: ...
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool: ...
+    def get_timing_cache(self) -> Any: ...
+
+    num_compute_capabilities: int
+
+    def set_compute_capability(self, compute_capability: Any, index: int) -> bool: ...
+
+
+class Builder(Protocol):
+    def create_network(self, flags: int) -> Network: ...
+    def create_builder_config(self) -> Config: ...
+    def create_optimization_profile(self) -> Profile: ...
+    def build_serialized_network(self, network: Network, config: Config) -> Any | None: ...
+
+
+class TensorRt(Protocol):
+    """The module itself. Enumerations are looked up by name, since versions differ in them."""
+
+    __name__: str
+    __version__: str
+    ILogger: Any
+    MemoryPoolType: Any
+    TensorIOMode: Any
+    ExecutionContextAllocationStrategy: Any
+    NetworkDefinitionCreationFlag: Any
+    ComputeCapability: Any
+
+    def Builder(self, logger: Any) -> Builder: ...
+    def Runtime(self, logger: Any) -> Runtime: ...
+    def OnnxParser(self, network: Network, logger: Any) -> Parser: ...
+
+
+@cache
+def load_tensorrt() -> TensorRt:
+    """TensorRT, or TensorRT for RTX where only that is there; UsageError says how to get one."""
+    broken = ""
+    for name in NAMES:
+        try:
+            return cast(TensorRt, importlib.import_module(name))
+        except ModuleNotFoundError:
+            continue
+        except (ImportError, OSError, RuntimeError) as exc:
+            broken = f": {name} does not load ({exc})"
+    raise UsageError(f"TensorRT is not installed{broken}", fix=INSTALL)
+
+
+class Complaints:
+    """What TensorRT logged as errors, for the message of ours; it prints nothing. ``logger`` must outlive its users."""
+
+    def __init__(self, library: TensorRt) -> None:
+        lines: deque[str] = deque(maxlen=4)
+
+        class Listener(library.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                library.ILogger.__init__(self)
+
+            def log(self, severity: Any, msg: str) -> None:
+                if severity in (library.ILogger.INTERNAL_ERROR, library.ILogger.ERROR):
+                    lines.append(msg.strip().splitlines()[0] if msg.strip() else "")
+
+        self._lines, self.logger = lines, Listener()
+
+    def reason(self) -> str:
+        """And forgets it."""
+        found = "; ".join(line for line in self._lines if line)
+        self._lines.clear()
+        return found or "it does not say why"

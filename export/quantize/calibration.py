@@ -1,0 +1,314 @@
+"""What every graph is fed while the runtime itself runs over images like those of the mission.
+
+So pixels of the calibration are pixels of the device, and what a head or a decoder reads is what the graphs before it
+gave. Calls are stored as they come, one ``.npz`` each, and read again one at a time. Of one image a graph keeps its
+calls 1, 2, 4, 8 ...: the first tile and the whole prompt, then ever fewer. Where a graph's calls outgrow the disk it may
+take, every second image is dropped, and again, so that what stays is spread evenly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_rsvlm.budget import Demand, MemoryPlan
+from edge_rsvlm.bundle import Bundle
+from edge_rsvlm.config.manifest import Calibration, DetectTask, GenerateTask, GgufDecoder, GgufTask, Manifest
+from edge_rsvlm.errors import InputError, UsageError
+from edge_rsvlm.evaluate.labels import read_pairs
+from edge_rsvlm.export.graphs.sliced import SlicedSession
+from edge_rsvlm.export.quantize.settings import CalibrationImages
+from edge_rsvlm.pipeline.detect import DetectQuery
+from edge_rsvlm.pipeline.engines import CpuEngine
+from edge_rsvlm.pipeline.runtime import Engine
+from edge_rsvlm.pipeline.session import Limits, Session
+from edge_rsvlm.raster.inputs import Source, list_inputs
+from edge_rsvlm.tasks.gguf import VisionLanguageModel
+from edge_rsvlm.tasks.search import Sampling
+from edge_rsvlm.types import InferenceSession, LanguageModel
+
+Arrays = dict[str, NDArray[Any]]
+Progress = Callable[[int, int], None]
+"""Images done, images in all."""
+
+GRAPH_BYTES = 1 << 30
+"""What the calls of one graph may take of the disk."""
+HALF_FROM_BYTES = 1 << 20
+"""Larger arrays are stored in half precision: maps of features, key-value caches."""
+SLICED_FROM_BYTES = 1 << 30
+"""Graphs with more bytes of weights run a slice at a time."""
+ANSWER_TOKENS, SLICED_TOKENS = 16, 2
+UNBOUNDED, ANY_MEMORY = 0, 1 << 50
+
+
+class Samples:
+    """Recorded calls by the name of their graph."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def of(self, graph: str) -> Sequence[Arrays]:
+        """Inputs by their names in the graph, in the order of the calls; each is read when it is asked for."""
+        return _Calls(tuple(sorted((self._folder / graph).glob("*.npz"))))
+
+
+@dataclass(frozen=True)
+class _Calls(Sequence[Arrays]):
+    paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Arrays: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Arrays]: ...
+    def __getitem__(self, index: int | slice) -> Arrays | Sequence[Arrays]:
+        if isinstance(index, slice):
+            return _Calls(self.paths[index])
+        with np.load(self.paths[index], allow_pickle=False) as stored:
+            return {key.removeprefix("in."): _widened(stored[key]) for key in stored.files}
+
+
+def _widened(array: NDArray[Any]) -> NDArray[Any]:
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def _stored(array: NDArray[Any]) -> NDArray[Any]:
+    large = array.dtype == np.float32 and array.nbytes >= HALF_FROM_BYTES
+    return array.astype(np.float16) if large and np.abs(array).max() <= np.finfo(np.float16).max else array
+
+
+@dataclass
+class _GraphRecord:
+    """Calls of one graph: ``stride`` images apart from each other, each other call once."""
+
+    folder: Path
+    most_bytes: int
+    stride: int = 1
+    bytes: int = 0
+    seen: set[bytes] = field(default_factory=set)
+    calls: dict[int, int] = field(default_factory=dict)
+    """Calls so far by image."""
+
+    def note(self, image: int, inputs: Mapping[str, NDArray[Any]]) -> None:
+        call = self.calls[image] = self.calls.get(image, 0) + 1
+        if call & (call - 1) or image % self.stride:
+            return
+        digest = hashlib.sha256()
+        for name in sorted(inputs):
+            digest.update(f"{name}{inputs[name].shape}".encode() + np.ascontiguousarray(inputs[name]).tobytes())
+        if digest.digest() in self.seen:  # the same words for every image
+            return
+        self.seen.add(digest.digest())
+        path = self.folder / f"{image:05d}-{call:05d}.npz"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **{f"in.{name}": _stored(array) for name, array in inputs.items()})  # type: ignore[arg-type]
+        self.bytes += path.stat().st_size
+        while self.bytes > self.most_bytes and self.stride <= image:
+            self._thin_out()
+
+    def _thin_out(self) -> None:
+        self.stride *= 2
+        for path in self.folder.glob("*.npz"):
+            if int(path.stem.partition("-")[0]) % self.stride:
+                self.bytes -= path.stat().st_size
+                path.unlink()
+
+
+class RecordingEngine:
+    """Opens graphs as ``inner`` does, and writes down what they are fed. ``image`` is the one under way."""
+
+    def __init__(self, inner: Engine, bundle: Bundle, folder: Path, most_bytes: int) -> None:
+        graphs = bundle.manifest.graphs.items()
+        self._inner, self.image = inner, 0
+        self._records = {bundle.path(g.file): _GraphRecord(folder / name, most_bytes) for name, g in graphs}
+
+    def open(self, graph: Path) -> InferenceSession:
+        session = SlicedSession(graph) if _weight_bytes(graph) > SLICED_FROM_BYTES else self._inner.open(graph)
+        return _RecordingSession(session, self._records[graph], self)
+
+    def open_language(self, model: Path, context_tokens: int, beams: int = 1) -> LanguageModel:
+        return self._inner.open_language(model, context_tokens, beams)
+
+    def open_vision_language(self, model: Path, projector: Path, context_tokens: int) -> VisionLanguageModel:
+        return self._inner.open_vision_language(model, projector, context_tokens)
+
+
+@dataclass(frozen=True)
+class _RecordingSession:
+    session: InferenceSession
+    record: _GraphRecord
+    engine: RecordingEngine
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        self.record.note(self.engine.image, inputs)
+        return self.session.run(inputs, outputs)
+
+
+@dataclass
+class _OneByOne(Session):
+    """A session whose batches hold one tile: calls are then alike whatever the image's size."""
+
+    def admit(self, needs: Demand) -> MemoryPlan:
+        return replace(super().admit(needs), batch=1)
+
+
+def record(
+    bundle: Bundle,
+    images: CalibrationImages,
+    folder: Path,
+    progress: Progress,
+    engine: Engine | None = None,
+    most_bytes: int = GRAPH_BYTES,
+) -> tuple[Samples, Calibration]:
+    """Run every task of ``bundle`` over ``images`` and leave what the graphs were fed in ``folder``.
+
+    Tasks that take words get those of ``images.texts``, or are left out where there are none; two dates are an image and
+    the one before it, or itself where the two do not match. UsageError where there is no image, InputError for one that
+    cannot be read. ``engine`` stands in for ONNX Runtime and llama.cpp in tests.
+    """
+    sources = chosen(images)
+    recorder = RecordingEngine(engine or CpuEngine(1, UNBOUNDED), bundle, folder, most_bytes)
+    session = _OneByOne(bundle, Limits(ANY_MEMORY), lambda *_: recorder)
+    pairs = _pairs(bundle, images)
+    run = _Run(session, images.texts, _tokens(bundle), bool(pairs))
+    for index, source in enumerate(sources):
+        progress(index, len(sources))
+        recorder.image = index
+        run.image(index, source.path, sources[max(index - 1, 0)].path)
+    for index, (before, after) in enumerate(pairs, len(sources)):
+        recorder.image = index
+        session.change(before, after, _nowhere)
+    progress(len(sources), len(sources))
+    return Samples(folder), Calibration(images=tuple(s.name for s in sources), sha256=_digest(sources))
+
+
+def listed(images: CalibrationImages) -> list[list[Source]]:
+    """The images of every place, sorted by name; UsageError for a place without one."""
+    return [_of_place(place) for place in images.images]
+
+
+def _of_place(place: Path) -> list[Source]:
+    found = sorted(list_inputs([str(place)]), key=lambda source: source.name)
+    if len(found) == 1 and not Path(found[0].name).is_file() and found[0].path == found[0].name:
+        raise UsageError(f"{place} holds no image", fix="name a folder, a glob or a .tar of images")
+    return found
+
+
+def chosen(images: CalibrationImages) -> list[Source]:
+    """Those that calibrate."""
+    each = math.ceil(images.count / len(images.images))
+    return [source for found in listed(images) for source in spread(found, each)]
+
+
+def spread(sources: Sequence[Source], count: int) -> list[Source]:
+    """At most ``count`` of them, at even distances."""
+    places = np.linspace(0, len(sources) - 1, min(count, len(sources)))
+    return [sources[int(place)] for place in places.round()]
+
+
+def _pairs(bundle: Bundle, images: CalibrationImages) -> list[tuple[str, str]]:
+    if images.pairs is None or bundle.manifest.tasks.change is None:
+        return []
+    return [(before, after) for before, after, _ in read_pairs(images.pairs).values()]
+
+
+def _digest(sources: Sequence[Source]) -> str:
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(source.name.encode() + hashlib.sha256(_bytes(source.path)).digest())
+    return digest.hexdigest()
+
+
+def _bytes(path: str) -> bytes:
+    """The encoded image: a file, or a member of an archive as ``list_inputs`` names it."""
+    if not path.startswith("/vsisubfile/"):
+        return Path(path).read_bytes()
+    place, _, archive = path.removeprefix("/vsisubfile/").partition(",")
+    start, size = map(int, place.split("_"))
+    with Path(archive).open("rb") as file:
+        file.seek(start)
+        return file.read(size)
+
+
+def _weight_bytes(graph: Path) -> int:
+    data = graph.with_name(f"{graph.name}.data")
+    return sum(path.stat().st_size for path in (graph, data) if path.exists())
+
+
+def _tokens(bundle: Bundle) -> int:
+    """How far an answer goes: a decoder that runs a slice at a time reads all its weights for each token."""
+    sizes = [_weight_bytes(bundle.path(graph.file)) for graph in bundle.manifest.graphs.values()]
+    return SLICED_TOKENS if max(sizes) > SLICED_FROM_BYTES else ANSWER_TOKENS
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Every task of a bundle on one image after another."""
+
+    session: Session
+    texts: tuple[str, ...]
+    tokens: int
+    apart: bool
+    """Changes have pairs of their own."""
+
+    def image(self, index: int, path: str, before: str) -> None:
+        tasks = self.session.tasks
+        text = self.texts[index % len(self.texts)] if self.texts else None
+        if _recorded(tasks.caption):
+            self.session.caption(path, _nowhere, sampling=self._sampling(tasks.caption))
+        if isinstance(tasks.detect, DetectTask):
+            self.session.detect(path, DetectQuery(), _nowhere)
+        if tasks.change is not None and not self.apart:
+            self._change(before, path)
+        if tasks.search is not None:
+            self.session.embed(path, lambda *_: None)
+        if text is not None:
+            self._with_words(path, text)
+
+    def _with_words(self, path: str, text: str) -> None:
+        tasks = self.session.tasks
+        if _recorded(tasks.ask) and getattr(tasks.ask, "input", None) is not None:
+            self.session.ask(path, text, _nowhere, sampling=self._sampling(tasks.ask))
+        if _recorded(tasks.ground):
+            self.session.ground(path, text, _nowhere)
+        if tasks.detect is not None and not isinstance(tasks.detect, DetectTask):
+            self.session.detect(path, DetectQuery(self.texts), _nowhere)
+        if tasks.classify is not None:
+            self.session.classify(path, self.texts, _nowhere)
+        if tasks.search is not None:
+            self.session.embed_text(text)
+
+    def _change(self, before: str, after: str) -> None:
+        try:
+            self.session.change(before, after, _nowhere)
+        except InputError:  # of another size or place
+            self.session.change(after, after, _nowhere)
+
+    def _sampling(self, task: object) -> Sampling:
+        """The task's own search, cut short; where words are llama.cpp's, nothing is recorded of them."""
+        if not isinstance(task, GenerateTask) or isinstance(task.decoder, GgufDecoder):
+            return Sampling(temperature=0.0, max_tokens=1)
+        return Sampling(temperature=0.0, max_tokens=min(self.tokens, task.max_tokens))
+
+
+def _recorded(task: object) -> bool:
+    """Whether a task has graphs that could be recorded."""
+    return task is not None and not isinstance(task, GgufTask)
+
+
+def _nowhere(record: dict[str, Any], geometry: dict[str, Any] | None) -> None:
+    """Results are not wanted."""
+
+
+def graphs_without_calls(manifest: Manifest, samples: Samples) -> list[str]:
+    """Graphs that no image reached, such as those of words where no texts were given."""
+    return [name for name in manifest.graphs if not samples.of(name)]
