@@ -52,7 +52,7 @@ def _engines() -> dict[str, Any]:
 
 def _tensorrt() -> dict[str, Any]:
     """The library, and whether engines can be built and run here; each part tells what it lacks."""
-    from edge_rsvlm.engines.tensorrt import open_device
+    from edge_rsvlm.engines.tensorrt_device import open_device
     from edge_rsvlm.engines.tensorrt_library import load_tensorrt
 
     try:

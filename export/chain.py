@@ -25,11 +25,13 @@ from edge_rsvlm.export.checkpoint.skeleton import skeleton
 from edge_rsvlm.export.explain import explain, explain_foreign, misfit
 from edge_rsvlm.export.families.base import Family, Source
 from edge_rsvlm.export.families.registry import family_of, open_source
+from edge_rsvlm.export.fewer_bits import FewerBits
 from edge_rsvlm.export.graphs.sliced import SlicedSession
 from edge_rsvlm.export.onnx_folder.reading import layout, read_onnx_folder
 from edge_rsvlm.export.precheck import check_places
 from edge_rsvlm.export.proof.gates import table
 from edge_rsvlm.export.recipe import Recipe
+from edge_rsvlm.export.steps.compile_gguf import LanguageWriter
 from edge_rsvlm.export.steps.compile_onnx import compile_onnx
 from edge_rsvlm.export.steps.make_bundle import MEASURED_BYTES, make_bundle
 from edge_rsvlm.export.steps.merge_lora import ModelWeights, merge_lora, merged_weights, resolution
@@ -99,15 +101,17 @@ class Chain:
         kept = self._kept(weights)
         compiled = self._compiled(steps[-1], weights, kept)
         proven = self._proven(checked, compiled, kept)
-        return self._bundled([*steps, compiled, proven], compiled, proven)
+        source = Source(self.checkpoint.folder, weights.config)
+        language = LanguageWriter(self.family, source, weights) if self.recipe.format == "gguf" else None
+        return self._bundled([*steps, compiled, proven], compiled, proven, language)
 
-    def _bundled(self, steps: list[Artifact], draft: Artifact, probed: Artifact) -> Path:
+    def _bundled(
+        self, steps: list[Artifact], draft: Artifact, probed: Artifact, language: LanguageWriter | None = None
+    ) -> Path:
         """Smaller where the recipe wants it, and written."""
         more: dict[str, Any] = {}
         if self.recipe.lowered:
-            from edge_rsvlm.export.fewer_bits import FewerBits
-
-            smaller = FewerBits(self.recipe, self._step, self._named_progress).run(draft, probed)
+            smaller = FewerBits(self.recipe, self._step, self._named_progress, language).run(draft, probed)
             steps, draft, probed, more = [*steps, *smaller.steps], smaller.draft, smaller.probed, smaller.fields
         self.report("make_bundle", 0, 1)
         make_bundle(steps, draft, probed, self.recipe.allow, self.recipe.out, more)

@@ -19,6 +19,7 @@ from edge_rsvlm.export.proof.gates import table
 from edge_rsvlm.export.quantize.calibration import Samples, chosen, listed, record, spread
 from edge_rsvlm.export.quantize.likeness import distance_warning, likeness, resolution_warning
 from edge_rsvlm.export.recipe import Recipe
+from edge_rsvlm.export.steps.compile_gguf import LanguageWriter
 from edge_rsvlm.export.steps.compile_onnx import BUNDLE
 from edge_rsvlm.export.steps.parity import FAILED, PROBES
 from edge_rsvlm.export.steps.quantize import CALIBRATED, chosen_precisions, quantize
@@ -54,14 +55,19 @@ class FewerBits:
     step: Step
     progress: Callable[[str], Callable[[str, int, int], None]]
     """Of a step by its name."""
+    language: LanguageWriter | None = None
+    """What writes the text model for llama.cpp, where the target is GGUF."""
 
     def run(self, compiled: Artifact, proven: Artifact) -> Smaller:
         """UsageError without calibration images where they are needed, BundleError when a task loses too much."""
         before = _bundle(compiled)
         if self.recipe.goal is not None:
             return self._searched(compiled, proven, before)
+        if self.language is not None:
+            self.language.check()
         precisions = chosen_precisions(self.recipe, before.manifest, before.folder)
-        calibrated = self._calibrated(compiled, before) if set(CALIBRATED) & set(precisions.values()) else None
+        wanted = set(CALIBRATED) & set(precisions.values()) or (self.language and self.recipe.calibration)
+        calibrated = self._calibrated(compiled, before) if wanted else None
         return self._smaller(compiled, proven, calibrated)
 
     def _smaller(self, compiled: Artifact, proven: Artifact, calibrated: Artifact | None) -> Smaller:
@@ -146,7 +152,7 @@ class FewerBits:
 
         def make(folder: Path) -> dict[str, Any]:
             draft, probes = compiled.folder / BUNDLE, proven.folder / PROBES
-            return dict(quantize(self.recipe, draft, probes, samples, folder, self.progress("quantize")))
+            return quantize(self.recipe, draft, probes, samples, folder, self.progress("quantize"), self.language)
 
         parents = [compiled, proven, *([calibrated] if calibrated else [])]
         return self.step("quantize", self._said(), parents, make)

@@ -183,7 +183,12 @@ class Recipe(Model):
     @property
     def lowered(self) -> bool:
         """Whether a compiled bundle is changed further."""
-        return self.bits in ("int8", "int4") or bool(self.precision or self.goal) or "tensorrt" in self.engines
+        return (
+            self.bits in ("int8", "int4")
+            or self.format == "gguf"
+            or bool(self.precision or self.goal)
+            or "tensorrt" in self.engines
+        )
 
     @property
     def stored(self) -> Literal["f32", "f16"]:

@@ -48,7 +48,9 @@ class FakeCuda:
         return OK, 1
 
     def cudaGetDeviceProperties(self, device):
-        return OK, SimpleNamespace(name=self.name.encode(), major=self.major, minor=self.minor, integrated=self.integrated)
+        return OK, SimpleNamespace(
+            name=self.name.encode(), major=self.major, minor=self.minor, integrated=self.integrated
+        )
 
     def cudaMemGetInfo(self):
         return OK, (self.free), 1 << 35

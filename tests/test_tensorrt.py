@@ -13,9 +13,11 @@ from click.testing import CliRunner
 from edge_rsvlm.bundle import load_bundle
 from edge_rsvlm.config.manifest import ShapeRange
 from edge_rsvlm.engines import tensorrt as session_module
+from edge_rsvlm.engines import tensorrt_device
 from edge_rsvlm.engines.cuda import Cuda, Gpu
-from edge_rsvlm.engines.tensorrt import TensorRtSession, device_of
+from edge_rsvlm.engines.tensorrt import TensorRtSession
 from edge_rsvlm.engines.tensorrt_build import Room, require_room, room
+from edge_rsvlm.engines.tensorrt_device import device_of
 from edge_rsvlm.errors import BudgetError, BundleError, InputError, UsageError
 from edge_rsvlm.pipeline import built
 from edge_rsvlm.pipeline.built import build_engines, find, sources, stamp
@@ -38,8 +40,8 @@ def write_graph(path, batch="n"):
     ends = [("x", FLOAT, [batch, 3, "s"]), ("ids", INT64, [batch, "k"])]
     outs = [("y", FLOAT, [batch, 3, "s"]), ("h", HALF, [batch, 3, "s"]), ("t", FLOAT, [batch, "k"])]
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info(*e) for e in ends], [helper.make_tensor_value_info(*o) for o in outs],
-        [helper.make_tensor("two", FLOAT, [], [2.0])],
+        nodes, "g", [helper.make_tensor_value_info(*end) for end in ends],
+        [helper.make_tensor_value_info(*out) for out in outs], [helper.make_tensor("two", FLOAT, [], [2.0])],
     )  # fmt: skip
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     return path
@@ -94,8 +96,8 @@ def test_outputs_come_in_the_order_asked_and_are_the_callers_own(session):
 def test_buffers_are_taken_once_for_the_largest_shapes(session, cuda):
     largest = {"x": 4 * 3 * 8 * 4, "ids": 4 * 8 * 8, "y": 4 * 3 * 8 * 4, "h": 4 * 3 * 8 * 2, "t": 4 * 8 * 4}
     sizes = sorted(max(size, 256) for size in largest.values())
-    assert sorted(size for kind, size in cuda.events if kind == "malloc_host") == sizes
-    assert sorted(size for kind, size in cuda.events if kind == "malloc") == sorted([*sizes, 4096])
+    assert sorted(e[1] for e in cuda.events if e[0] == "malloc_host") == sizes
+    assert sorted(e[1] for e in cuda.events if e[0] == "malloc") == sorted([*sizes, 4096])
     assert session.device_bytes == 4096 + 2 * sum(sizes)
     taken = cuda.count("malloc")
     for size in (0, 8, 3):
@@ -327,7 +329,7 @@ def test_a_build_without_room_never_starts(bundle, device, cuda):
 
 @pytest.fixture
 def here(device, monkeypatch):
-    monkeypatch.setattr(session_module, "open_device", lambda: device)
+    monkeypatch.setattr(tensorrt_device, "open_device", lambda: device)
     return device
 
 
@@ -344,7 +346,7 @@ def test_auto_is_the_gpu_once_engines_are_built(bundle, here):
 def test_auto_says_why_it_is_the_cpu(bundle, here, monkeypatch):
     build_all(bundle, here)
     other = dataclasses.replace(here, gpu=dataclasses.replace(here.gpu, name="Other"))
-    monkeypatch.setattr(session_module, "open_device", lambda: other)
+    monkeypatch.setattr(tensorrt_device, "open_device", lambda: other)
     found = place(bundle, "auto")
     assert found.device == "cpu"
     assert found.note.startswith("runs on the CPU: no engines of this GPU and TensorRT for main")

@@ -26,7 +26,7 @@ def build(bundle: Path | None, profile: str, allow_unsigned: bool, as_json: bool
     """
     from edge_rsvlm.bundle import load_bundle
     from edge_rsvlm.config.units import format_bytes
-    from edge_rsvlm.engines.tensorrt import open_device
+    from edge_rsvlm.engines.tensorrt_device import open_device
     from edge_rsvlm.pipeline.built import build_engines, record, sources
 
     loaded = load_bundle(bundle, allow_unsigned=allow_unsigned, allow_older=allow_older())

@@ -132,7 +132,8 @@ class Cuda:
             return self._call(function, size)
         except CudaError as exc:
             raise BudgetError(
-                f"the GPU gives no block of {size} bytes ({exc})", fix="stop what else uses it, or run with --device cpu"
+                f"the GPU gives no block of {size} bytes ({exc})",
+                fix="stop what else uses it, or run with --device cpu",
             ) from exc
 
     def free(self, address: int) -> None:
@@ -160,7 +161,9 @@ class Cuda:
         try:
             self._call(self._runtime.cudaStreamSynchronize, self.stream)
         except CudaError as exc:
-            raise BundleError(f"the GPU failed ({exc})", fix="build the engines again, or run with --device cpu") from exc
+            raise BundleError(
+                f"the GPU failed ({exc})", fix="build the engines again, or run with --device cpu"
+            ) from exc
 
     def capture(self, work: Callable[[], None]) -> Any:
         """What ``work`` puts into the stream as a graph that can be launched; nothing runs yet.

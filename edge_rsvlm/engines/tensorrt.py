@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.engines.cuda import Buffer, Cuda, CudaError, Gpu, load_cuda
-from edge_rsvlm.engines.tensorrt_library import Complaints, Context, Engine, Shape, TensorRt, load_tensorrt
+from edge_rsvlm.engines.cuda import Buffer, CudaError
+from edge_rsvlm.engines.tensorrt_device import Device
+from edge_rsvlm.engines.tensorrt_library import Context, Engine, Shape
 from edge_rsvlm.errors import BudgetError, BundleError, InputError, UsageError
 
 REBUILD = "build it again with `edge-rsvlm engine build`, or run with --device cpu"
@@ -29,25 +30,6 @@ DTYPES = {
 MOST_GRAPHS = 4
 """Recorded at a time; each holds a context."""
 Shapes = tuple[Shape, ...]
-
-
-@dataclass(frozen=True)
-class Device:
-    """The libraries and the GPU that engines run on."""
-
-    library: TensorRt
-    cuda: Cuda
-    gpu: Gpu
-    complaints: Complaints
-
-
-def open_device() -> Device:
-    """UsageError where TensorRT, cuda-bindings or a GPU is missing."""
-    return device_of(load_tensorrt(), Cuda(load_cuda()))
-
-
-def device_of(library: TensorRt, cuda: Cuda) -> Device:
-    return Device(library, cuda, cuda.gpu(), Complaints(library))
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,9 @@ def require_room(found: Room, graph: str, parameter_bytes: int, largest_bytes: i
         )
     if found.contiguous_bytes is not None and found.contiguous_bytes < largest_bytes:
         raise BudgetError(
-            f"building {graph} takes {format_bytes(largest_bytes)} in one piece for its largest weight, and the largest "
-            f"free piece of memory is {format_bytes(found.contiguous_bytes)}",
-            fix="restart the board, give the kernel a larger pool (cma=950M in extlinux.conf), or run with --device cpu",
+            f"building {graph} takes {format_bytes(largest_bytes)} in one piece for its largest weight, and the "
+            f"largest free piece of memory is {format_bytes(found.contiguous_bytes)}",
+            fix="restart the board, give its kernel a larger pool (cma=950M in extlinux.conf), or use --device cpu",
         )
 
 

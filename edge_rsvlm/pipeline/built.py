@@ -20,8 +20,9 @@ from edge_rsvlm.bundle.contents import sha256
 from edge_rsvlm.bundle.external_data import external_data
 from edge_rsvlm.bundle.home import cache_folder, locked, make_private, replacing
 from edge_rsvlm.config.manifest import ShapeRange
-from edge_rsvlm.engines.tensorrt import Device, TensorRtSession
+from edge_rsvlm.engines.tensorrt import TensorRtSession
 from edge_rsvlm.engines.tensorrt_build import BuildSettings, Room, build, require_room, room
+from edge_rsvlm.engines.tensorrt_device import Device
 from edge_rsvlm.errors import BundleError, UsageError
 
 RELEASE = Path("/etc/nv_tegra_release")
@@ -126,13 +127,15 @@ def find(bundle: Bundle, device: Device, source: Source) -> Engine | None:
 def build_engines(bundle: Bundle, device: Device, limit_bytes: int | None, progress: Progress) -> list[Engine]:
     """Engines for every graph that the bundle has for TensorRT; those that fit are kept.
 
-    ``limit_bytes`` bounds the memory of a build beside what is free. UsageError for a bundle without such graphs, BudgetError
-    where there is no room, BundleError where TensorRT does not take a graph.
+    ``limit_bytes`` bounds the memory of a build beside what is free. UsageError for a bundle without such graphs,
+    BudgetError where there is no room, BundleError where TensorRT does not take a graph.
     """
     wanted = sources(bundle)
     folder = make_private(engines_folder(bundle))
     with locked(folder / ".lock"):
-        return [find(bundle, device, source) or _build(bundle, device, source, limit_bytes, progress) for source in wanted]
+        return [
+            find(bundle, device, source) or _build(bundle, device, source, limit_bytes, progress) for source in wanted
+        ]
 
 
 def _build(bundle: Bundle, device: Device, source: Source, limit_bytes: int | None, progress: Progress) -> Engine:

@@ -59,7 +59,7 @@ def _was_built(bundle: Bundle) -> bool:
 
 
 def _on_gpu(bundle: Bundle) -> Placement:
-    from edge_rsvlm.engines.tensorrt import open_device
+    from edge_rsvlm.engines.tensorrt_device import open_device
     from edge_rsvlm.pipeline.built import find, sources
     from edge_rsvlm.pipeline.engines import GpuEngine
 

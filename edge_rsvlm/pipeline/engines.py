@@ -11,7 +11,7 @@ from edge_rsvlm.tasks.gguf import VisionLanguageModel
 from edge_rsvlm.types import InferenceSession, LanguageModel
 
 if TYPE_CHECKING:
-    from edge_rsvlm.engines.tensorrt import Device
+    from edge_rsvlm.engines.tensorrt_device import Device
     from edge_rsvlm.pipeline.built import Engine
 
 

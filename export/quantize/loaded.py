@@ -73,6 +73,12 @@ def infer_types(model: Model) -> None:
         model.metadata_props.add(key=INFERRED[0], value=INFERRED[1])
 
 
+def drop_unused(model: Model) -> None:
+    """Initialisers that nothing reads any more."""
+    used = readers(model)
+    _replace(model.graph.initializer, [tensor for tensor in model.graph.initializer if tensor.name in used])
+
+
 def constants(model: Model) -> dict[str, TensorProto]:
     """Initialisers that no caller can replace."""
     given = {value.name for value in model.graph.input}

@@ -82,7 +82,7 @@ def each_run(model: Model, values: Collection[str], calls: Sequence[Arrays]) -> 
         del watched
         session = plain_session(path)
         for call in calls:
-            yield dict(zip(names, session.run(names, call), strict=True))
+            yield dict(zip(names, session.run(names, call), strict=True)) if names else {}
 
 
 def plain_session(path: Path) -> Any:

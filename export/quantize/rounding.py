@@ -94,7 +94,7 @@ def round_convolutions(model: Model, nodes: Sequence[onnx.NodeProto], calls: Seq
     """
     known = constants(model)
     found = [_Convolution(node, array_of(known[node.input[1]])) for node in nodes if _is_plain(node, known)]
-    moments = _observe(model, found, calls)
+    moments = _observe(model, found, calls) if found else {}
     scales: Scales = {}
     for conv in found:
         seen = moments[conv.node.output[0]]

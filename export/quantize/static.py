@@ -8,20 +8,22 @@ zero point 0) and no quantized bias.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import numpy as np
 from onnx import NodeProto
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from edge_rsvlm.export.quantize.calibration import Arrays
 from edge_rsvlm.export.quantize.chosen import LAYERS, Chosen, choose_nodes
+from edge_rsvlm.export.quantize.equalise import equalise
 from edge_rsvlm.export.quantize.loaded import Model, load_wide
 from edge_rsvlm.export.quantize.ranges import Ranges, find_ranges
 from edge_rsvlm.export.quantize.rounding import Scales, round_convolutions
 from edge_rsvlm.export.quantize.settings import Int8
+from edge_rsvlm.export.quantize.smooth import smooth
 from edge_rsvlm.export.quantize.stored import copied, store
 from edge_rsvlm.export.quantize.typed import halved
 
@@ -42,8 +44,12 @@ def quantize_static(
     """
     model = load_wide(graph)
     chosen = choose_nodes(model, settings.keep)
-    samples = _spread(samples)
+    samples = _Spread(samples)
     metrics: Metrics = {"quantized layers": len(chosen.layers), "kept layers": chosen.kept}
+    if settings.smooth:
+        metrics["smoothed inputs"] = smooth(model, chosen.layers, samples, settings.smooth)
+    if settings.equalise:
+        metrics["equalised pairs"] = equalise(model, chosen.layers, samples)
     tensors = {name for node in chosen.nodes for name in (*node.input, *node.output)}
     ranges = find_ranges(model, tensors, samples, settings)
     scales = round_convolutions(model, chosen.layers, samples)
@@ -56,15 +62,34 @@ def quantize_static(
     return metrics | {"bytes": store(models, f"{out.stem}.int8.data")}
 
 
-def _spread(samples: Sequence[Arrays]) -> Sequence[Arrays]:
-    """CALLS of them at most, as far apart as they can be."""
-    places = np.linspace(0, len(samples) - 1, min(len(samples), CALLS)).round().astype(int)
-    return [samples[int(place)] for place in places]
+@dataclass(frozen=True)
+class _Spread(Sequence[Arrays]):
+    """CALLS of ``calls`` at most, as far apart as they can be; still read when they are asked for."""
+
+    calls: Sequence[Arrays]
+
+    def __len__(self) -> int:
+        return min(len(self.calls), CALLS)
+
+    @overload
+    def __getitem__(self, index: int) -> Arrays: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Arrays]: ...
+    def __getitem__(self, index: int | slice) -> Arrays | Sequence[Arrays]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        if index >= len(self):
+            raise IndexError(index)
+        return self.calls[index * len(self.calls) // len(self)]
 
 
 def _unsigned(model: Model, chosen: Chosen, ranges: Ranges, scales: Scales) -> Model:
-    """U8S8. Clip and ReLU go where the range says the same, biases are 32-bit integers."""
-    return _quantize(model, chosen.nodes, ranges, QuantType.QUInt8, _options(scales))
+    """U8S8. Clip and ReLU go where the range says the same, biases of convolutions are 32-bit integers.
+
+    Results of matrix products go on in float32: what follows them (a bias, GELU, a residual) is computed in it.
+    """
+    options = _options(scales) | {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]}
+    return _quantize(model, chosen.nodes, ranges, QuantType.QUInt8, options)
 
 
 def _signed(model: Model, chosen: Chosen, ranges: Ranges, scales: Scales) -> Model:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
+from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
 from edge_rsvlm.export.quantize.loaded import Model, infer_types, load_wide, makers
@@ -32,6 +33,7 @@ def half_precision(graph: Path, out: Path) -> dict[str, float | int | str]:
 
 def halved(model: Model) -> Model:
     """``model``, which is used up, with everything but WIDE in half precision."""
+    ONNXModel(model).topological_sort()  # types are inferred in the order of the nodes
     infer_types(model)
     found = convert_float_to_float16(
         model, keep_io_types=True, disable_shape_infer=True, op_block_list=WIDE, node_block_list=_before_angles(model)

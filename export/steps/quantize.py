@@ -15,6 +15,7 @@ from edge_rsvlm.config.manifest import MANIFEST_NAME, GenerateTask, Manifest, On
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.bundle_writer import place, write_manifest
 from edge_rsvlm.export.explain import memory_on_disk
+from edge_rsvlm.export.gguf.quantizing import TYPES
 from edge_rsvlm.export.graphs.sliced import run_sliced
 from edge_rsvlm.export.quantize.calibration import Samples
 from edge_rsvlm.export.quantize.choose import int8_kind
@@ -24,6 +25,7 @@ from edge_rsvlm.export.quantize.static import quantize_static
 from edge_rsvlm.export.quantize.typed import half_precision
 from edge_rsvlm.export.quantize.weight_only import quantize_int4
 from edge_rsvlm.export.recipe import Recipe
+from edge_rsvlm.export.steps.compile_gguf import LanguageWriter, decoder_graph, point_at, replaced_graphs
 from edge_rsvlm.export.steps.compile_onnx import BUNDLE
 from edge_rsvlm.export.steps.parity import BY_ADAPTER, PROBES
 from edge_rsvlm.pipeline.adapters import read_adapter
@@ -48,7 +50,7 @@ def _by_target(recipe: Recipe, manifest: Manifest, draft: Path, name: str) -> Pr
     if recipe.bits == "int4" and name in _decoders(manifest):
         return "int4"
     # Beside a model of llama.cpp, what sees is as fast as it can be on a processor.
-    if recipe.bits in ("int8", "int4"):
+    if recipe.bits in ("int8", "int4") or recipe.bits in TYPES:
         return int8_kind(draft / manifest.graphs[name].file)
     return recipe.stored
 
@@ -94,16 +96,21 @@ class Quantizer:
 
 
 def quantize(
-    recipe: Recipe, draft: Path, probes: Path, samples: Samples | None, folder: Path, progress: GraphProgress
-) -> Metrics:
-    """Fill ``folder`` with ``bundle/`` and ``probes/``."""
+    recipe: Recipe, draft: Path, probes: Path, samples: Samples | None, folder: Path, progress: GraphProgress,
+    language: LanguageWriter | None = None,
+) -> Metrics:  # fmt: skip
+    """Fill ``folder`` with ``bundle/`` and ``probes/``; ``language`` writes what llama.cpp is to run."""
     target = folder / BUNDLE
     target.mkdir()
     fields: dict[str, Any] = json.loads((draft / MANIFEST_NAME).read_text())
     manifest = Manifest.model_validate(fields)
     quantizer = Quantizer(recipe, draft, samples, target)
     metrics: Metrics = {}
+    dropped = replaced_graphs(manifest) if language else ()
     for name, precision in chosen_precisions(recipe, manifest, draft).items():
+        if name in dropped:
+            del fields["graphs"][name]
+            continue
         progress(name, 0, 1)
         graph = fields["graphs"][name]
         tensorrt = target / f"{name}.tensorrt.onnx" if "tensorrt" in recipe.engines else None
@@ -116,6 +123,13 @@ def quantize(
             shapes = shape_ranges(manifest, name, tensorrt)
             graph["tensorrt"] = {"file": tensorrt.name, "shapes": {k: v.model_dump() for k, v in shapes.items()}}
         progress(name, 1, 1)
+    if language is not None:
+        decoder = decoder_graph(manifest)
+        found = language.write(
+            recipe.bits, target, samples, decoder, lambda done, all_: progress("llama.cpp", done, all_)
+        )
+        point_at(fields, recipe.bits, int(found["context_tokens"]))
+        metrics |= {f"llama.cpp {key}": value for key, value in found.items()}
     _copy_others(draft, manifest, target)
     _estimate(fields, target)
     del fields["files"], fields["schema_version"]
@@ -150,6 +164,8 @@ def _probe_again(bundle: Bundle, probes: Path, folder: Path) -> None:
     folder.mkdir()
     for path in sorted(probes.iterdir()):
         name, _, adapter = path.stem.partition(BY_ADAPTER)
+        if name not in bundle.manifest.graphs:
+            continue  # llama.cpp does its work
         factors = read_adapter(bundle, adapter)[name] if adapter else {}
         with np.load(path) as golden:
             inputs = {key.removeprefix("in."): golden[key] for key in golden.files if key.startswith("in.")}

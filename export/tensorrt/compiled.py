@@ -1,4 +1,4 @@
-"""Does a graph compile? TensorRT for RTX answers that without a GPU, for desktop GPUs; a Jetson's engine is built there."""
+"""Does a graph compile? TensorRT for RTX tells without a GPU, for desktop GPUs; a Jetson's engine is built there."""
 
 from __future__ import annotations
 

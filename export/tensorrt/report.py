@@ -45,7 +45,7 @@ def unsupported(graph: Path) -> list[Unsupported]:
     model = onnx.load(graph, load_external_data=False)
     found = [*_opset(model), *_nodes(model, graph.parent)]
     named = {problem.node for problem in found}
-    return found + [problem for problem in _parsed(model, graph) if problem.node not in named]
+    return found + [problem for problem in _parsed(graph) if problem.node not in named]
 
 
 def _opset(model: onnx.ModelProto) -> Iterator[Unsupported]:
@@ -85,7 +85,7 @@ def _zero_point(node: onnx.NodeProto, tensor: onnx.TensorProto, folder: Path) ->
         yield Unsupported(node.name, node.op_type, "its zero point is not zero: quantize symmetrically")
 
 
-def _parsed(model: onnx.ModelProto, graph: Path) -> Iterator[Unsupported]:
+def _parsed(graph: Path) -> Iterator[Unsupported]:
     """What the parser of the installed TensorRT refuses; nothing where none is installed."""
     try:
         library = load_tensorrt()
@@ -96,11 +96,8 @@ def _parsed(model: onnx.ModelProto, graph: Path) -> Iterator[Unsupported]:
     parser = library.OnnxParser(network, complaints.logger)
     if parser.supports_model_v2(graph.read_bytes(), str(graph)):
         return
-    reasons = {e.node_name(): e.desc() for e in map(parser.get_error, range(parser.num_errors))}
-    other = next(iter(reasons.values()), complaints.reason())
-    for index in range(parser.num_subgraphs):
-        if parser.is_subgraph_supported(index):
-            continue
-        for number in parser.get_subgraph_nodes(index):
-            node = model.graph.node[number]
-            yield Unsupported(node.name, node.op_type, reasons.get(node.name, other))
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    for error in errors:
+        yield Unsupported(error.node_name(), error.node_operator(), error.desc())
+    if not errors:
+        yield Unsupported("", "graph", complaints.reason())

@@ -5,8 +5,6 @@ Letters: N batch, H, W pixels, S tokens read at once, P tokens read before.
 
 from __future__ import annotations
 
-import ast
-import operator
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from edge_rsvlm.config.manifest import (
     Tokenizer,
 )
 from edge_rsvlm.errors import InputError, UsageError
+from edge_rsvlm.export.tensorrt.dims import Dims, dims_of, inputs, size_of
 from edge_rsvlm.pipeline.shapes import Shape, prepared_shape
 from edge_rsvlm.pipeline.views import F32_BYTES, PROMPT_TOKENS
 from edge_rsvlm.tasks.decoder import cache_names
@@ -40,12 +39,11 @@ BATCH = BATCHES[0]
 ASPECTS = ((1, 2), (1, 1), (2, 1))
 """Of images looked at whole, where a model's size follows the image's; others go to the CPU."""
 SMALLEST_PX = 64
+"""Of images looked at whole, and of golden probes of models that take any size."""
 MOST_REGIONS = 100
 CACHE_BYTES = 256 << 20
 """Key-value caches of a batch: larger batches are cut, and each cache is held four times (read and written, by the GPU
 and the CPU)."""
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
-Dims = list[int | str]
 Sizes = tuple[int, int, int]
 """Least, usual, most."""
 
@@ -59,17 +57,6 @@ def shape_ranges(manifest: Manifest, name: str, graph: Path) -> dict[str, ShapeR
     known = _Sizes(manifest, name, graph)
     roles = {value: role for role, value in manifest.graphs[name].inputs.items()}
     return {value: known.span(value, roles.get(value, value), dims) for value, dims in inputs(graph).items()}
-
-
-def inputs(graph: Path) -> dict[str, Dims]:
-    """Those without a value of their own; sizes that vary are texts."""
-    model = onnx.load(graph, load_external_data=False).graph
-    given = {tensor.name for tensor in model.initializer}
-    return {value.name: _dims(value) for value in model.input if value.name not in given}
-
-
-def _dims(value: onnx.ValueInfoProto) -> Dims:
-    return [d.dim_value if d.HasField("dim_value") else d.dim_param for d in value.type.tensor_type.shape.dim]
 
 
 @dataclass(frozen=True)
@@ -151,7 +138,9 @@ class _Sizes:
         total = prompt + max(task.max_tokens for task in tasks)
         # A step of one token is what runs most often.
         read, past = (1, 1, prompt), (0, prompt // 2, total)
-        caches = {name for t in tasks if isinstance(t.decoder, OnnxDecoder) for name in cache_names(t.decoder.cache).values()}
+        caches = {
+            name for t in tasks if isinstance(t.decoder, OnnxDecoder) for name in cache_names(t.decoder.cache).values()
+        }
         if role in caches:
             return [batch, (0, 0, 0), past, (0, 0, 0)]
         if role == "inputs_embeds":
@@ -196,8 +185,8 @@ class _Text:
 
 
 def prepared_shapes(spec: InputSpec) -> list[Shape]:
-    """What a model can see: a tile, and images looked at whole."""
-    cuts = {(spec.tile_px, spec.tile_px)}
+    """What a model can see: a tile, images looked at whole, and what a golden probe shows it."""
+    cuts = {(spec.tile_px, spec.tile_px)} if spec.prepare else {(spec.tile_px,) * 2, (SMALLEST_PX,) * 2}
     if spec.prepare and spec.whole_px:
         for longest in {SMALLEST_PX, spec.tile_px, spec.whole_px}:
             cuts |= {(longest * h // max(h, w), longest * w // max(h, w)) for h, w in ASPECTS}
@@ -222,7 +211,15 @@ def _cache_bytes(task: GenerateTask) -> int:
     """Of one image's answer, as the decoder reads it."""
     assert isinstance(task.decoder, OnnxDecoder)
     cache = task.decoder.cache
-    return 2 * F32_BYTES * cache.layers * cache.heads * cache.head_dim * (_prompt_tokens(task) + task.max_tokens) * task.beams
+    return (
+        2
+        * F32_BYTES
+        * cache.layers
+        * cache.heads
+        * cache.head_dim
+        * (_prompt_tokens(task) + task.max_tokens)
+        * task.beams
+    )
 
 
 def _output_shapes(manifest: Manifest, encoder: str, folder: Path, role: str) -> list[Sizes]:
@@ -235,31 +232,15 @@ def _output_shapes(manifest: Manifest, encoder: str, folder: Path, role: str) ->
     spans = shape_ranges(manifest, encoder, graph)
     if value is None:
         return []
-    axes = [[_size(dim, _symbols(graph, spans, which)) for which in ("least", "usual", "most")] for dim in _dims(value)]
+    axes = [
+        [size_of(dim, _symbols(graph, spans, which)) for which in ("least", "usual", "most")] for dim in dims_of(value)
+    ]
     return [(least, usual, most) for least, usual, most in axes]
 
 
 def _symbols(graph: Path, spans: Mapping[str, ShapeRange], which: str) -> dict[str, int]:
-    pairs = [(dim, size) for name, dims in inputs(graph).items() for dim, size in zip(dims, getattr(spans[name], which))]
-    return {dim: size for dim, size in pairs if isinstance(dim, str)}
-
-
-def _size(dim: int | str, symbols: Mapping[str, int]) -> int:
-    """Of "(s0//4)"; InputError for what is not sums, products and quotients of known sizes."""
-    if isinstance(dim, int):
-        return dim
-    try:
-        return _value(ast.parse(dim, mode="eval").body, symbols)
-    except (SyntaxError, KeyError, AttributeError) as exc:
-        raise InputError(f"the size '{dim}' cannot be told from {dict(symbols)}", fix="leave TensorRT out") from exc
-
-
-def _value(node: ast.expr, symbols: Mapping[str, int]) -> int:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return node.value
-    if isinstance(node, ast.Name):
-        return symbols[node.id]
-    if isinstance(node, ast.BinOp):
-        found: int = OPERATIONS[type(node.op)](_value(node.left, symbols), _value(node.right, symbols))
-        return found
-    raise KeyError(ast.unparse(node))
+    found: dict[str, int] = {}
+    for name, dims in inputs(graph).items():
+        sizes = zip(dims, getattr(spans[name], which), strict=True)
+        found |= {dim: size for dim, size in sizes if isinstance(dim, str)}
+    return found
