@@ -93,7 +93,7 @@ def replay(bundle: Bundle, case: ProbeCase, open_graph: OpenGraph = cpu_graph) -
     expected = {name.removeprefix(_OUTPUT): array for name, array in golden.items() if name.startswith(_OUTPUT)}
     if not expected or len(inputs) + len(expected) < len(golden):
         raise BundleError(f"'{case.file}' is no golden probe: it needs arrays in.NAME and out.NAME", fix=COPY_AGAIN)
-    actual = _run_task(bundle, case, inputs) if case.graph is None else _run_graph(bundle, case, inputs, open_graph)
+    actual = _run_task(bundle, case, inputs) if case.graph is None else _run_graph(bundle, case, inputs, list(expected), open_graph)
     if missing := expected.keys() - actual.keys():
         raise BundleError(f"'{case.file}' wants outputs that do not exist: {', '.join(missing)}", fix=COPY_AGAIN)
     by = "" if case.adapter is None else f" by adapter {case.adapter}"
@@ -103,11 +103,13 @@ def replay(bundle: Bundle, case: ProbeCase, open_graph: OpenGraph = cpu_graph) -
     ]
 
 
-def _run_graph(bundle: Bundle, case: ProbeCase, inputs: Arrays, open_graph: OpenGraph) -> Arrays:
+def _run_graph(
+    bundle: Bundle, case: ProbeCase, inputs: Arrays, outputs: list[str], open_graph: OpenGraph
+) -> Arrays:
     assert case.graph is not None
     factors = {} if case.adapter is None else read_adapter(bundle, case.adapter).get(case.graph, {})
     session = open_graph(bundle.path(bundle.manifest.graphs[case.graph].file))
-    return dict(zip(wanted, session.run(inputs | dict(factors), list(wanted)), strict=True))
+    return dict(zip(outputs, session.run(inputs | dict(factors), outputs), strict=True))
 
 
 def _run_task(bundle: Bundle, case: ProbeCase, inputs: Arrays) -> Arrays:

@@ -37,7 +37,8 @@ def command() -> None:
 @click.option("--explain", "explained", is_flag=True, help="Print the plan and the sizes, and do nothing.")
 def run(
     recipe: Path | None, checkpoint: Path | None, adapter: tuple[str, ...], target: str | None,
-    calibration: str | None, goal: str | None, profile: str | None, out: Path | None, allow: tuple[str, ...], explained: bool,
+    calibration: str | None, goal: str | None, profile: str | None, out: Path | None, allow: tuple[str, ...],
+    explained: bool,
 ) -> None:  # fmt: skip
     """Check, merge, compile, prove and quantize a checkpoint, and write it as a bundle.
 
@@ -47,7 +48,8 @@ def run(
     chain = _chain()
     given: dict[str, Any] = {
         "checkpoint": checkpoint, "target": target, "profile": profile, "out": out, "allow": allow,
-        "adapters": [_adapter(text) for text in adapter], "calibration": calibration and {"images": calibration}, "goal": goal,
+        "adapters": [_adapter(text) for text in adapter], "calibration": calibration and {"images": calibration},
+        "goal": goal,
     }  # fmt: skip
     wanted = _recipe(recipe, {key: value for key, value in given.items() if value})
     if explained:
