@@ -102,8 +102,12 @@ class Chain:
         compiled = self._compiled(steps[-1], weights, kept)
         proven = self._proven(checked, compiled, kept)
         source = Source(self.checkpoint.folder, weights.config)
-        language = LanguageWriter(self.family, source, weights) if self.recipe.format == "gguf" else None
-        return self._bundled([*steps, compiled, proven], compiled, proven, language)
+        return self._bundled([*steps, compiled, proven], compiled, proven, self._language(source, weights))
+
+    def _language(self, source: Source, weights: ModelWeights) -> LanguageWriter | None:
+        if self.recipe.format != "gguf":
+            return None
+        return LanguageWriter(self.family, source, weights, self.recipe.gguf.vision)
 
     def _bundled(
         self, steps: list[Artifact], draft: Artifact, probed: Artifact, language: LanguageWriter | None = None
@@ -125,6 +129,8 @@ class Chain:
         assert self.tensors is not None
         if self.adapters:
             assert self.resolution is not None
+        if language := self._language(self.source, ModelWeights(self.checkpoint.config, self.tensors)):
+            language.check()
 
     def _run_foreign(self) -> Path:
         """Graphs that others exported: there is no model to compare them with."""

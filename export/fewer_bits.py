@@ -109,7 +109,7 @@ class FewerBits:
         return 100 * max(comparison.loss for comparison in found.comparisons)
 
     def _said(self) -> dict[str, Any]:
-        return self.recipe.model_dump(mode="json", include={"target", "engines", "precision", "int8", "int4"})
+        return self.recipe.model_dump(mode="json", include={"target", "engines", "precision", "int8", "int4", "gguf"})
 
     def _labels(self) -> list[dict[str, Any]]:
         choices = self.recipe.evaluate

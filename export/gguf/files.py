@@ -1,7 +1,7 @@
 """GGUF files, written tensor by tensor: header and places come first, so shapes must be known, values not.
 
-Format: ggml-org/ggml, docs/gguf.md. Metadata is the ``gguf`` package's; tensors are widened or halved block by block, so
-that memory is that of the largest tensor as stored.
+Format: ggml-org/ggml, docs/gguf.md. Metadata is the ``gguf`` package's; tensors are widened or halved block by block,
+so that memory is that of the largest tensor as stored.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _write(file: BinaryIO, entry: Entry, dtype: torch.dtype, path: Path) -> None
         stored = block.to(dtype)
         if dtype == torch.float16 and bool(stored.isinf().any()):
             raise InputError(
-                f"{path.name}: '{entry.name}' has values that half precision cannot hold", fix="write it as F32"
+                f"{path.name}: '{entry.name}' has values that half precision cannot hold", fix="take target gguf:F32"
             )
         file.write(stored.contiguous().numpy().data)
 

@@ -63,11 +63,12 @@ def measure_importance(
 
 
 def _hook(model: nn.Module, names: Mapping[str, str], name: str, found: _Squares) -> Any:
-    """What multiplies a matrix: the input of its layer. The head's, tied or not, is the last norm's output."""
+    """What multiplies a matrix: the input of its layer. The head's, tied or not, is the last norm's output for the
+    last token, the only one whose logits a runtime asks for."""
     if name in HEADS:
         norm = model.get_submodule(names["output_norm.weight"].removesuffix(".weight"))
         wanted = name == HEADS[0] or HEADS[0] not in names
-        return norm.register_forward_hook(lambda _, args, output: found.add(output) if wanted else None)
+        return norm.register_forward_hook(lambda _, args, output: found.add(output[:, -1:]) if wanted else None)
     layer = model.get_submodule(names[name].removesuffix(".weight"))
     return layer.register_forward_pre_hook(lambda _, args: found.add(args[0]))
 

@@ -1,7 +1,7 @@
 """GGUF files with fewer bits, by llama.cpp's own quantization, and a look at what it really did.
 
-Where a row of a matrix is no multiple of a type's block, llama.cpp takes another type and says so in its log alone; here
-that is a metric, and an error where most of the model is concerned.
+Where a row of a matrix is no multiple of a type's block, llama.cpp takes another type and says so in its log alone;
+here that is a metric, and an error where most of the model is concerned.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from edge_rsvlm.errors import BundleError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+Metrics = dict[str, float | int | str]
 Importance = Mapping[str, NDArray[np.float32]]
 """Mean square of every input of a matrix, by the matrix's name in the file."""
 
@@ -51,7 +52,7 @@ class Stored:
     """Of the numbers."""
 
 
-def quantize(text_gguf: Path, out: Path, kind: str, importance: Importance | None = None) -> dict[str, float | int | str]:
+def quantize(text_gguf: Path, out: Path, kind: str, importance: Importance | None = None) -> Metrics:
     """Write ``out``; the metrics are its bytes, bits per weight, and the share of every type.
 
     UsageError when most of the model had to take another type; BundleError when llama.cpp fails.
@@ -90,10 +91,10 @@ def inspect(path: Path, kind: str) -> Stored:
     return Stored(numbers, others, missed / max(1, sum(numbers.values())))
 
 
-def _metrics(path: Path, stored: Stored) -> dict[str, float | int | str]:
+def _metrics(path: Path, stored: Stored) -> Metrics:
     total, size = sum(stored.numbers.values()), path.stat().st_size
     shares = {f"share of {kind}": count / total for kind, count in sorted(stored.numbers.items())}
-    found: dict[str, float | int | str] = {"bytes": size, "bits per weight": 8 * size / total, **shares}
+    found: Metrics = {"bytes": size, "bits per weight": 8 * size / total, **shares}
     if stored.others:
         found |= {"matrices of other types": len(stored.others), "share of other types": stored.other_share}
     return found

@@ -51,17 +51,21 @@ class TextParts:
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads[0]
 
     @property
+    def cache_bytes_per_token(self) -> int:
+        """Of keys and values in half precision, which llama.cpp keeps for its whole context."""
+        return int(2 * 2 * self.config.num_hidden_layers * self.heads[1] * self.head_width)
+
+    @property
     def rope(self) -> Mapping[str, Any]:
         return self.config.rope_parameters
 
     @property
     def context_tokens(self) -> int:
         """As far as llama.cpp, which looks back to the start in every layer, computes what transformers does."""
-        sliding = SLIDING in (getattr(self.config, "layer_types", None) or ())
-        window = getattr(self.config, "sliding_window", None)
-        windowed = window and (sliding or getattr(self.config, "layer_types", None) is None)
         most: int = self.config.max_position_embeddings
-        return min(most, window) if windowed else most
+        window: int | None = getattr(self.config, "sliding_window", None)
+        layers = getattr(self.config, "layer_types", None)
+        return min(most, window) if window and (layers is None or SLIDING in layers) else most
 
 
 def refusal(family: Family, source: Source) -> str | None:
@@ -84,7 +88,9 @@ def refusal(family: Family, source: Source) -> str | None:
     return None
 
 
-def text_parts(family: Family, source: Source, weights: Mapping[str, LazyTensor], config: PretrainedConfig) -> TextParts:
+def text_parts(
+    family: Family, source: Source, weights: Mapping[str, LazyTensor], config: PretrainedConfig
+) -> TextParts:
     """UsageError for a model that llama.cpp does not know, or with tensors that it would not use."""
     if reason := refusal(family, source):
         raise UsageError(reason, fix=ONNX_INSTEAD)
@@ -112,7 +118,7 @@ def _named(
             module, _, kind = rest.rpartition(".")
             theirs = {ours: its for its, ours in architecture.layer.items()}
             if module not in theirs:
-                raise UsageError(f"llama.cpp does not know the tensor '{name}' of {architecture.name}", fix=ONNX_INSTEAD)
+                raise UsageError(f"llama.cpp's {architecture.name} has no tensor for '{name}'", fix=ONNX_INSTEAD)
             found[f"blk.{number}.{theirs[module]}.{kind}"] = name
     return found
 

@@ -14,6 +14,7 @@ import gguf
 from gguf import TokenType
 
 from edge_rsvlm.errors import UsageError
+from edge_rsvlm.export.families.chat import IMAGE
 
 BYTE_LEVEL_CUTS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
@@ -24,8 +25,13 @@ BYTE_LEVEL_CUTS = {
     "digits": "smollm",
     "": "gpt-2",
 }
-"""``tokenizer.ggml.pre`` by the expression that cuts; ``digits`` and nothing stand for ByteLevel's own expression, after
-single digits were cut off or not."""
+"""``tokenizer.ggml.pre`` by the expression that cuts; ``digits`` and nothing stand for ByteLevel's own expression,
+after single digits were cut off or not."""
+WHOLE_WORDS = "llama-bpe"
+"""Takes a word that is a token as it is, whatever the merges make of it."""
+SPECIAL = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+COMPOSING = ("NFC",)
+"""Normalizers that change no text but one of decomposed letters, which llama.cpp leaves as they are."""
 Space = Literal["never", "first", "always"]
 """Where a space is put that no one wrote: before a prompt, or before every part of it between special tokens."""
 NEVER_MERGED = -1e9
@@ -66,7 +72,12 @@ def read_vocabulary(tokenizer: dict[str, Any], size: int) -> Vocabulary:
     tokens, types = _tokens(tokenizer, size)
     if model.get("byte_fallback"):
         return Vocabulary("llama", "default", tokens, types, scores=_scores(tokens, merges), space=_space(tokenizer))
-    return Vocabulary("gpt2", _cuts(tokenizer), tokens, types, merges=tuple(" ".join(pair) for pair in merges))
+    pre = _cuts(tokenizer)
+    odd = [step["type"] for step in _steps(tokenizer["normalizer"]) if step["type"] not in COMPOSING]
+    if odd or model.get("ignore_merges", False) != (pre == WHOLE_WORDS):
+        what = f"rewrites texts by {odd[0]}" if odd else "takes whole words otherwise"
+        raise UsageError(f"llama.cpp does not know this tokenizer (it {what})", fix=FIX)
+    return Vocabulary("gpt2", pre, tokens, types, merges=tuple(" ".join(pair) for pair in merges))
 
 
 def _tokens(tokenizer: dict[str, Any], size: int) -> tuple[tuple[str, ...], tuple[TokenType, ...]]:
@@ -112,8 +123,11 @@ def _space(tokenizer: dict[str, Any]) -> Space:
 
 def for_llama(words: Vocabulary, prompt: str) -> str:
     """The prompt that llama.cpp reads as the same tokens: it knows spaces before every part or none, not before the
-    first alone."""
-    return f" {prompt}" if words.space == "first" and not prompt.startswith((" ", "▁")) else prompt
+    first alone. Nothing goes before a special token or an image."""
+    special = tuple(token for token, kind in zip(words.tokens, words.types, strict=True) if kind in SPECIAL)
+    if words.space != "first" or prompt.startswith((" ", "▁", IMAGE, *special)):
+        return prompt
+    return f" {prompt}"
 
 
 def _cuts(tokenizer: dict[str, Any]) -> str:
@@ -121,15 +135,16 @@ def _cuts(tokenizer: dict[str, Any]) -> str:
     steps = _steps(tokenizer["pre_tokenizer"])
     if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
         raise UsageError("llama.cpp does not know this tokenizer (BPE, not of bytes)", fix=FIX)
-    before = ["digits" if step == {"type": "Digits", "individual_digits": True} else _expression(step) for step in steps[:-1]]
-    own = steps[-1]["use_regex"]
-    key = "".join(before)
+    before = [_expression(step) for step in steps[:-1]]
+    key, own = "".join(before), steps[-1]["use_regex"]
     if len(before) > 1 or key not in BYTE_LEVEL_CUTS or own != (key in ("", "digits")):
         raise UsageError(f"llama.cpp does not know how this tokenizer cuts texts ({key or 'not'})", fix=FIX)
     return BYTE_LEVEL_CUTS[key]
 
 
 def _expression(step: dict[str, Any]) -> str:
+    if step == {"type": "Digits", "individual_digits": True}:
+        return "digits"
     if step["type"] != "Split" or step["behavior"] != "Isolated" or step["invert"]:
         return f"a step {step['type']}"
     return str(step["pattern"].get("Regex", "a string"))
@@ -153,13 +168,10 @@ def describe(writer: gguf.GGUFWriter, words: Vocabulary, specials: Specials) -> 
         writer.add_add_space_prefix(words.space == "always")
     else:
         writer.add_token_merges(list(words.merges))
-    numbers = {
-        writer.add_bos_token_id: specials.bos,
-        writer.add_pad_token_id: specials.pad,
-        writer.add_unk_token_id: specials.unknown,
-        **dict(zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), specials.ends, strict=False)),
-    }
-    for add, number in numbers.items():
+    ends = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    others = (writer.add_bos_token_id, writer.add_pad_token_id, writer.add_unk_token_id)
+    numbers = (specials.bos, specials.pad, specials.unknown)
+    for add, number in [*zip(ends, specials.ends, strict=False), *zip(others, numbers, strict=True)]:
         if number is not None:
             add(number)
     writer.add_add_bos_token(specials.adds_bos)

@@ -43,7 +43,7 @@ def write_text_model(
     family: Family, source: Source, weights: ModelWeights, path: Path, precision: Precision,
     progress: Progress | None = None,
 ) -> dict[str, float | int | str]:  # fmt: skip
-    """Write ``path``; the metrics say its architecture, its bytes, and how many tokens it computes as transformers does.
+    """Write ``path``; the metrics say its architecture, its bytes, and how far it computes as transformers does.
 
     UsageError for a model or tokenizer that llama.cpp does not know.
     """
@@ -59,8 +59,14 @@ def write_text_model(
     write_file(path, parts.architecture.name, describe, tensors, precision, progress)
     return {
         "architecture": parts.architecture.name, "bytes": path.stat().st_size, "tensors": len(tensors),
-        "context_tokens": parts.context_tokens,
+        "context_tokens": parts.context_tokens, "cache bytes per token": parts.cache_bytes_per_token,
     }  # fmt: skip
+
+
+def llama_prompt(family: Family, source: Source, prompt: str) -> str:
+    """The prompt that llama.cpp reads as the tokens that the tokenizer makes of ``prompt``."""
+    words, _ = _words(family, source)
+    return vocabulary.for_llama(vocabulary.read_vocabulary(words, source.config.text_config.vocab_size), prompt)
 
 
 def _words(family: Family, source: Source) -> tuple[dict[str, Any], Specials]:

@@ -6,11 +6,14 @@ Letters as in ``nbits``: N outputs, K inputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from edge_rsvlm.export.quantize.rtn import searched_grid
+from edge_rsvlm.export.quantize.rtn import Grid
+
+GridOf = Callable[[Tensor, Tensor], Grid]
+"""Of a weight [N, K], and of the importance of its inputs [K]."""
 
 EXPONENTS = tuple(step / 20 for step in range(20))
 """Of the mean magnitude of an input (equation 5); 0 leaves the weights as they are."""
@@ -18,16 +21,14 @@ ROWS = 256
 """Outputs of a layer, evenly spread, on which exponents are compared."""
 
 
-def input_scales(
-    weights_NK: Iterable[Tensor], hessian_KK: Tensor, magnitude_K: Tensor, block: int, *, symmetric: bool = True
-) -> Tensor:
+def input_scales(weights_NK: Iterable[Tensor], hessian_KK: Tensor, magnitude_K: Tensor, grid_of: GridOf) -> Tensor:
     """Scales [K] of the inputs that these layers share: they multiply the weights and divide the activations.
 
     The exponent is the one with the least error of the outputs after rounding, which the sum of x x^T tells.
     """
     samples = [weight[:: max(1, len(weight) // ROWS)].clone() for weight in weights_NK]
     tried = [_scales(magnitude_K, exponent) for exponent in EXPONENTS]
-    losses = [sum(_loss(weight, hessian_KK, scales, block, symmetric) for weight in samples) for scales in tried]
+    losses = [sum(_loss(weight, hessian_KK, scales, grid_of) for weight in samples) for scales in tried]
     return tried[losses.index(min(losses))]
 
 
@@ -37,9 +38,9 @@ def _scales(magnitude_K: Tensor, exponent: float) -> Tensor:
     return scales / (scales.max() * scales.min()).sqrt()
 
 
-def _loss(weight_NK: Tensor, hessian_KK: Tensor, scales_K: Tensor, block: int, symmetric: bool) -> float:
+def _loss(weight_NK: Tensor, hessian_KK: Tensor, scales_K: Tensor, grid_of: GridOf) -> float:
     scaled = weight_NK * scales_K
-    grid = searched_grid(scaled, hessian_KK.diagonal() / scales_K**2, block, 4, symmetric=symmetric)
+    grid = grid_of(scaled, hessian_KK.diagonal() / scales_K**2)
     error = grid.values(grid.round(scaled)) / scales_K - weight_NK
     return output_error(error, hessian_KK)
 

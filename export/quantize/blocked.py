@@ -43,8 +43,8 @@ class _Weight:
 def write_blocked(graph: Path, out: Path) -> int:
     """Write ``graph``, whose layers are MatMulNBits, to ``out`` and return the bytes of its arrays.
 
-    A layer of other numbers than TensorRT takes (4 bits, symmetric, whole blocks, scales above 0) has the same values in
-    half precision. What goes into the graph and comes out keeps its type.
+    A layer of other numbers than TensorRT takes (4 bits, symmetric, whole blocks, scales above 0) has the same values
+    in half precision. What goes into the graph and comes out keeps its type.
     """
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".int4-") as folder:
         work = Rewriting(graph, Path(folder))
@@ -68,8 +68,12 @@ def _layers(work: Rewriting) -> Iterator[_Weight]:
 def _arrays(work: Rewriting) -> Iterator[_Weight]:
     """Large floating-point arrays, after the Cast that widens them where there is one."""
     types = {tensor.name: tensor.data_type for tensor in work.model.graph.initializer}
-    large = {n for n in work.constants.initializers if work.tensors[n].nbytes >= LARGE_BYTES and types[n] in (FLOAT, HALF)}
-    read = {name for node in work.model.graph.node if node.op_type != "MatMulNBits" for name in _read_apart(node, large)}
+    large = {
+        n for n in work.constants.initializers if work.tensors[n].nbytes >= LARGE_BYTES and types[n] in (FLOAT, HALF)
+    }
+    read = {
+        name for node in work.model.graph.node if node.op_type != "MatMulNBits" for name in _read_apart(node, large)
+    }
     yield from (_Weight(name, None, name, types[name]) for name in sorted(read))
     for node in work.model.graph.node:
         if _widens(node, large):
@@ -192,7 +196,9 @@ def _add_as_it_was(work: Rewriting, graph: onnx.GraphProto, weight: _Weight, sou
     if source == weight.name:
         graph.initializer.append(onnx.TensorProto(name=source, dims=work.tensors[source].shape, data_type=weight.type))
         return
-    graph.node.append(onnx.helper.make_node("Cast", [source], [weight.name], name=f"{weight.name}_cast", to=weight.type))
+    graph.node.append(
+        onnx.helper.make_node("Cast", [source], [weight.name], name=f"{weight.name}_cast", to=weight.type)
+    )
 
 
 def _blocks(work: Rewriting, node: onnx.NodeProto) -> Blocks:

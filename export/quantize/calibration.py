@@ -1,17 +1,15 @@
 """What every graph is fed while the runtime itself runs over images like those of the mission.
 
 So pixels of the calibration are pixels of the device, and what a head or a decoder reads is what the graphs before it
-gave. Calls are stored as they come, one ``.npz`` each, and read again one at a time. Of one image a graph keeps its
-calls 1, 2, 4, 8 ...: the first tile and the whole prompt, then ever fewer. Where a graph's calls outgrow the disk it may
-take, every second image is dropped, and again, so that what stays is spread evenly.
+gave. ``recording`` says which calls are kept; they are read again one at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,16 +21,14 @@ from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.manifest import Calibration, DetectTask, GenerateTask, GgufDecoder, GgufTask, Manifest
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.evaluate.labels import read_pairs
-from edge_rsvlm.export.graphs.sliced import SlicedSession
+from edge_rsvlm.export.quantize.recording import SLICED_FROM_BYTES, RecordingEngine, weight_bytes
 from edge_rsvlm.export.quantize.settings import CalibrationImages
 from edge_rsvlm.pipeline.detect import DetectQuery
 from edge_rsvlm.pipeline.engines import CpuEngine
 from edge_rsvlm.pipeline.runtime import Engine
 from edge_rsvlm.pipeline.session import Limits, Session
 from edge_rsvlm.raster.inputs import Source, list_inputs
-from edge_rsvlm.tasks.gguf import VisionLanguageModel
 from edge_rsvlm.tasks.search import Sampling
-from edge_rsvlm.types import InferenceSession, LanguageModel
 
 Arrays = dict[str, NDArray[Any]]
 Progress = Callable[[int, int], None]
@@ -40,10 +36,6 @@ Progress = Callable[[int, int], None]
 
 GRAPH_BYTES = 1 << 30
 """What the calls of one graph may take of the disk."""
-HALF_FROM_BYTES = 1 << 20
-"""Larger arrays are stored in half precision: maps of features, key-value caches."""
-SLICED_FROM_BYTES = 1 << 30
-"""Graphs with more bytes of weights run a slice at a time."""
 ANSWER_TOKENS, SLICED_TOKENS = 16, 2
 UNBOUNDED, ANY_MEMORY = 0, 1 << 50
 
@@ -81,78 +73,6 @@ def _widened(array: NDArray[Any]) -> NDArray[Any]:
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
-def _stored(array: NDArray[Any]) -> NDArray[Any]:
-    large = array.dtype == np.float32 and array.nbytes >= HALF_FROM_BYTES
-    return array.astype(np.float16) if large and np.abs(array).max() <= np.finfo(np.float16).max else array
-
-
-@dataclass
-class _GraphRecord:
-    """Calls of one graph: ``stride`` images apart from each other, each other call once."""
-
-    folder: Path
-    most_bytes: int
-    stride: int = 1
-    bytes: int = 0
-    seen: set[bytes] = field(default_factory=set)
-    calls: dict[int, int] = field(default_factory=dict)
-    """Calls so far by image."""
-
-    def note(self, image: int, inputs: Mapping[str, NDArray[Any]]) -> None:
-        call = self.calls[image] = self.calls.get(image, 0) + 1
-        if call & (call - 1) or image % self.stride:
-            return
-        digest = hashlib.sha256()
-        for name in sorted(inputs):
-            digest.update(f"{name}{inputs[name].shape}".encode() + np.ascontiguousarray(inputs[name]).tobytes())
-        if digest.digest() in self.seen:  # the same words for every image
-            return
-        self.seen.add(digest.digest())
-        path = self.folder / f"{image:05d}-{call:05d}.npz"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **{f"in.{name}": _stored(array) for name, array in inputs.items()})  # type: ignore[arg-type]
-        self.bytes += path.stat().st_size
-        while self.bytes > self.most_bytes and self.stride <= image:
-            self._thin_out()
-
-    def _thin_out(self) -> None:
-        self.stride *= 2
-        for path in self.folder.glob("*.npz"):
-            if int(path.stem.partition("-")[0]) % self.stride:
-                self.bytes -= path.stat().st_size
-                path.unlink()
-
-
-class RecordingEngine:
-    """Opens graphs as ``inner`` does, and writes down what they are fed. ``image`` is the one under way."""
-
-    def __init__(self, inner: Engine, bundle: Bundle, folder: Path, most_bytes: int) -> None:
-        graphs = bundle.manifest.graphs.items()
-        self._inner, self.image = inner, 0
-        self._records = {bundle.path(g.file): _GraphRecord(folder / name, most_bytes) for name, g in graphs}
-
-    def open(self, graph: Path) -> InferenceSession:
-        session = SlicedSession(graph) if _weight_bytes(graph) > SLICED_FROM_BYTES else self._inner.open(graph)
-        return _RecordingSession(session, self._records[graph], self)
-
-    def open_language(self, model: Path, context_tokens: int, beams: int = 1) -> LanguageModel:
-        return self._inner.open_language(model, context_tokens, beams)
-
-    def open_vision_language(self, model: Path, projector: Path, context_tokens: int) -> VisionLanguageModel:
-        return self._inner.open_vision_language(model, projector, context_tokens)
-
-
-@dataclass(frozen=True)
-class _RecordingSession:
-    session: InferenceSession
-    record: _GraphRecord
-    engine: RecordingEngine
-
-    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
-        self.record.note(self.engine.image, inputs)
-        return self.session.run(inputs, outputs)
-
-
 @dataclass
 class _OneByOne(Session):
     """A session whose batches hold one tile: calls are then alike whatever the image's size."""
@@ -171,9 +91,9 @@ def record(
 ) -> tuple[Samples, Calibration]:
     """Run every task of ``bundle`` over ``images`` and leave what the graphs were fed in ``folder``.
 
-    Tasks that take words get those of ``images.texts``, or are left out where there are none; two dates are an image and
-    the one before it, or itself where the two do not match. UsageError where there is no image, InputError for one that
-    cannot be read. ``engine`` stands in for ONNX Runtime and llama.cpp in tests.
+    Tasks that take words get those of ``images.texts``, or are left out where there are none; two dates are an image
+    and the one before it, or itself where the two do not match. UsageError where there is no image, InputError for one
+    that cannot be read. ``engine`` stands in for ONNX Runtime and llama.cpp in tests.
     """
     sources = chosen(images)
     recorder = RecordingEngine(engine or CpuEngine(1, UNBOUNDED), bundle, folder, most_bytes)
@@ -239,14 +159,9 @@ def _bytes(path: str) -> bytes:
         return file.read(size)
 
 
-def _weight_bytes(graph: Path) -> int:
-    data = graph.with_name(f"{graph.name}.data")
-    return sum(path.stat().st_size for path in (graph, data) if path.exists())
-
-
 def _tokens(bundle: Bundle) -> int:
     """How far an answer goes: a decoder that runs a slice at a time reads all its weights for each token."""
-    sizes = [_weight_bytes(bundle.path(graph.file)) for graph in bundle.manifest.graphs.values()]
+    sizes = [weight_bytes(bundle.path(graph.file)) for graph in bundle.manifest.graphs.values()]
     return SLICED_TOKENS if max(sizes) > SLICED_FROM_BYTES else ANSWER_TOKENS
 
 

@@ -1,7 +1,7 @@
 """Dynamic INT8: weights in 8 bits, and ranges of activations measured while the graph runs.
 
-Only products with a constant matrix take part. No calibration, and each input has the range that suits it; a convolution
-computed this way is several times slower than in float32, so convolutions are left alone.
+Only products with a constant matrix take part. No calibration, and each input has the range that suits it; a
+convolution computed this way is several times slower than in float32, so convolutions are left alone.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ Metrics = dict[str, float | int | str]
 
 
 def quantize_dynamic(graph: Path, settings: Int8, out: Path) -> Metrics:
-    """Write ``out`` (and ``OUT_STEM.int8.data`` where it is large).
-
-    onnxruntime gives such weights 7 of the 8 bits: sums of two products then fit the 16 bits that processors without
-    VNNI add them in.
-    """
+    """Write ``out`` (and ``OUT_STEM.int8.data`` where it is large). Weights are symmetric, one scale per output."""
     model = load_wide(graph)
     chosen = choose_nodes(model, settings.keep)
     layers = [node for node in chosen.layers if node.op_type != "Conv"]

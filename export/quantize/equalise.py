@@ -2,8 +2,8 @@
 
 A convolution makes a channel smaller by a factor, the next one larger by the same (Nagel et al. 2019, "Data-Free
 Quantization Through Weight Equalization and Bias Correction", section 4.1, with measured ranges of activations in place
-of the first one's weights, whose scale is per channel anyway). What lies between has to let factors through: nothing, or
-ReLU. ReLU6 does not, and a bound per channel is no operation that engines join to a convolution: such pairs are left.
+of the first one's weights, whose scale is per channel anyway). What lies between has to let factors through: nothing,
+or ReLU. ReLU6 does not, and a bound per channel is nothing that engines join to a convolution: such pairs are left.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from edge_rsvlm.export.quantize.rtn import Grid
 
-DAMP = 0.01
-"""Share of the mean of the diagonal added to it (section 3.3)."""
+DAMP = 0.05
+"""Share of the mean of the diagonal added to it. The paper takes 0.01 (section 3.3); tens of images have fewer tokens
+than its samples, and what they tell of how inputs go together is trusted less."""
 LAZY = 128
 """Inputs whose corrections reach the rest together (section 3.3, step 2)."""
 
@@ -26,7 +27,7 @@ def gptq(weight_NK: Tensor, hessian_KK: Tensor, grid: Grid) -> Tensor:
     order = hessian_KK.diagonal().argsort(descending=True)
     weight, inverse = weight_NK[:, order].clone(), _inverse_factor(hessian_KK[order][:, order])
     numbers = torch.empty_like(weight)
-    scales, zeros = grid.at(order, grid.scales_NG), grid.at(order, grid.zeros_NG)
+    scales, zeros = grid.of_inputs(order)
     most = (1 << grid.bits) - 1
     for start in range(0, len(order), LAZY):
         now = slice(start, min(start + LAZY, len(order)))
@@ -43,7 +44,8 @@ def gptq(weight_NK: Tensor, hessian_KK: Tensor, grid: Grid) -> Tensor:
 
 
 def _inverse_factor(hessian_KK: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Hessian.
+    """Upper Cholesky factor of the inverse of the damped Hessian, which is never inverted: with J for the reversed
+    order, J H J = L L^T makes H^-1 = U^T U of U = J L^-1 J.
 
     Inputs that are always zero get an own diagonal: they are rounded to the nearest and touch nothing.
     """
@@ -54,9 +56,7 @@ def _inverse_factor(hessian_KK: Tensor) -> Tensor:
     damp = DAMP
     while True:
         diagonal.add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(hessian)
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
-            break
+            return torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False).flip(0, 1)
         damp *= 10  # nearly dependent inputs, and float32
-    inverse = torch.cholesky_inverse(lower)
-    return torch.linalg.cholesky(inverse, upper=True)

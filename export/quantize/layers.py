@@ -104,7 +104,7 @@ class Layer:
     def weight_NK(self, constants: Constants, tensors: Tensors) -> NDArray[np.float32]:
         array = constants.value(self.weight, tensors)
         assert array is not None
-        return np.ascontiguousarray(array if self.turned else array.T, np.float32)
+        return np.array(array if self.turned else array.T, np.float32, order="C")
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
@@ -112,7 +112,7 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 
 
 def find_layers(graph: onnx.GraphProto, constants: Constants, tensors: Tensors, keep: Collection[str]) -> list[Layer]:
-    """Layers in the order of the graph, but those that ``keep`` names (by weight, node or output, or their beginning)."""
+    """Layers in the order of the graph, but those that ``keep`` names: by weight, node or output, or its beginning."""
     found = []
     for node in graph.node:
         layer = _layer(node, constants)

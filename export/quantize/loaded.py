@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-Model = onnx.ModelProto
+Model: TypeAlias = onnx.ModelProto
 SMALL_BYTES = 4096
 """Larger initialisers hold no shapes: nothing needs their values to know the types."""
 INFERRED = ("onnx.infer", "onnxruntime.quant")
-"""How onnxruntime marks a model whose types are known; without it, it writes and reads the whole model to infer them."""
+"""How onnxruntime marks a model whose types are known; else it writes and reads the whole model to infer them."""
 
 
 def load_wide(path: Path) -> Model:
@@ -30,7 +30,8 @@ def load_wide(path: Path) -> Model:
         if source is None or source.name in given or not _widens(node, source):
             nodes.append(node)
             continue
-        graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(source).astype(np.float32), node.output[0]))
+        wide = array_of(source).astype(np.float32)
+        graph.initializer.append(numpy_helper.from_array(wide, node.output[0]))
         dropped.add(source.name)
     dropped -= {name for node in nodes for name in node.input}
     _replace(graph.node, nodes)

@@ -1,8 +1,8 @@
 """The numbers of a weight in blocks, and the two layouts in which graphs hold them. NumPy, written to be read: this is
 what the engines' own packing must equal to the bit.
 
-Letters: N outputs and K inputs of a layer, G blocks of a row. A weight is ``(number - zero) * scale``, with a scale and a
-zero for every block of ``block`` inputs of an output. Numbers are unsigned: 0 to 15 of 4 bits, 0 to 255 of 8 bits.
+Letters: N outputs and K inputs of a layer, G blocks of a row. A weight is ``(number - zero) * scale``, with a scale and
+a zero for every block of ``block`` inputs of an output. Numbers are unsigned: 0 to 15 of 4 bits, 0 to 255 of 8 bits.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ NAME = "graph.onnx"
 Ranges = dict[str, TensorData]
 
 
-class _OneCall(CalibrationDataReader):  # type: ignore[misc]
+class _OneCall(CalibrationDataReader):
     def __init__(self, call: Arrays) -> None:
         self._calls = iter([call])
 
@@ -41,6 +41,8 @@ def find_ranges(model: Model, tensors: Collection[str], calls: Sequence[Arrays],
 
     The calibrators hold what one run computes, so they are given one call at a time, and merge their histograms.
     """
+    if not tensors:
+        return {}
     with tempfile.TemporaryDirectory(prefix="ranges-") as folder, contextlib.redirect_stdout(io.StringIO()):
         path = Path(folder) / NAME
         save(model, path)

@@ -85,4 +85,3 @@ class Rewriting:
     def _outputs_that_are_constant(self) -> list[onnx.NodeProto]:
         made = self.constants.made
         return list({made[v.name].output[0]: made[v.name] for v in self.model.graph.output if v.name in made}.values())
-

@@ -1,5 +1,8 @@
 """Round to nearest: the scale and zero of every block of a weight, and the numbers nearest to it.
 
+The range of a block is searched for, which no calibration is needed for; onnxruntime's own quantizer takes the whole
+range, its scales may be negative, and TensorRT takes none of these.
+
 Letters as in ``nbits``: N outputs, K inputs, G blocks, B inputs of a block.
 """
 
@@ -20,7 +23,10 @@ TINY = 2.0**-24  # the least positive number in half precision
 
 @dataclass(frozen=True)
 class Grid:
-    """Numbers that a weight may take: ``(number - zero) * scale``."""
+    """Numbers that a weight may take: ``(number - zero) * scale``, with scales above 0.
+
+    Zeros are the middle number where ``symmetric``, else any of the numbers.
+    """
 
     scales_NG: Tensor
     zeros_NG: Tensor
@@ -28,42 +34,22 @@ class Grid:
     bits: int
     symmetric: bool
 
-    def at(self, inputs: slice | Tensor, values_NG: Tensor) -> Tensor:
-        """``values_NG`` for each of these inputs."""
-        index = torch.arange(self.scales_NG.shape[1] * self.block)[inputs] // self.block
-        return values_NG[:, index]
+    def of_inputs(self, inputs_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero [N, K] of each of these inputs."""
+        return self.scales_NG[:, inputs_K // self.block], self.zeros_NG[:, inputs_K // self.block]
 
-    def round(self, weight_NK: Tensor, inputs: slice | Tensor = slice(None)) -> Tensor:
-        """Numbers (as floats) nearest to the weights of these inputs; 0 where the scale is 0."""
-        inputs = slice(weight_NK.shape[1]) if inputs == slice(None) else inputs
-        scales, zeros = self.at(inputs, self.scales_NG), self.at(inputs, self.zeros_NG)
-        steps = torch.where(scales == 0, 0.0, weight_NK / scales)
-        return (steps + zeros).round_().clamp_(0, (1 << self.bits) - 1)
+    def round(self, weight_NK: Tensor) -> Tensor:
+        """Numbers (as floats) nearest to the weight."""
+        scales_NK, zeros_NK = self.of_inputs(torch.arange(weight_NK.shape[1]))
+        return (weight_NK / scales_NK).add_(zeros_NK).round_().clamp_(0, (1 << self.bits) - 1)
 
-    def values(self, numbers_NK: Tensor, inputs: slice | Tensor = slice(None)) -> Tensor:
-        inputs = slice(numbers_NK.shape[1]) if inputs == slice(None) else inputs
-        return (numbers_NK - self.at(inputs, self.zeros_NG)) * self.at(inputs, self.scales_NG)
+    def values(self, numbers_NK: Tensor) -> Tensor:
+        scales_NK, zeros_NK = self.of_inputs(torch.arange(numbers_NK.shape[1]))
+        return (numbers_NK - zeros_NK).mul_(scales_NK)
 
     def blocks(self, numbers_NK: Tensor) -> Blocks:
         zeros_NG = None if self.symmetric else self.zeros_NG.to(torch.uint8).numpy()
         return Blocks(numbers_NK.to(torch.uint8).numpy(), self.scales_NG.numpy(), zeros_NG, self.block, self.bits)
-
-
-def plain_grid(weight_NK: Tensor, block: int, bits: int, *, symmetric: bool = True) -> Grid:
-    """What onnxruntime's own quantizer takes, to the bit.
-
-    Symmetric: the number farthest from zero becomes the least one exactly, so that its sign is the opposite of the
-    scale's. Otherwise the range from the least to the greatest, zero within it.
-    """
-    weight_NGB, half = _in_blocks(weight_NK, block), 1 << (bits - 1)
-    high, low = weight_NGB.amax(-1), weight_NGB.amin(-1)
-    if symmetric:
-        scales = torch.where(high.abs() > low.abs(), high, low) / -half
-        return Grid(scales, torch.full_like(scales, half), block, bits, symmetric)
-    high, low = high.clamp(min=0), low.clamp(max=0)
-    scales = (high - low) / (2 * half - 1)
-    zeros = torch.where(scales == 0, 0.0, -low / scales).round_().clamp_(0, 2 * half - 1)
-    return Grid(scales, zeros, block, bits, symmetric)
 
 
 def searched_grid(weight_NK: Tensor, importance_K: Tensor, block: int, bits: int, *, symmetric: bool = True) -> Grid:

@@ -1,9 +1,9 @@
 """SmoothQuant: what is hard to quantize in activations moves into the weights that multiply them.
 
-Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", section 4:
-Y = (X / s)(s W) with s = max|X|^a / max|W|^(1-a) per input channel. Division by s goes into the scale of the norm before
-products that share their input, which costs nothing. Elsewhere it is a product of its own, and only made where a channel
-stands out.
+Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", section
+4: Y = (X / s)(s W) with s = max|X|^a / max|W|^(1-a) per input channel. Division by s goes into the scale of the norm
+before products that share their input, which costs nothing. Elsewhere it is a product of its own, and only made where a
+channel stands out.
 
 Letters: K inputs, N outputs of a layer.
 """
@@ -11,6 +11,7 @@ Letters: K inputs, N outputs of a layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,10 +28,11 @@ LEAST = 1e-5
 NORMS = {"LayerNormalization": (1, 2), "RMSNormalization": (1,), "SimplifiedLayerNormalization": (1,)}
 """Inputs of a norm that its output scales with."""
 Group = list[onnx.NodeProto]
+F32 = NDArray[np.float32]
 
 
 def smooth(model: Model, layers: Sequence[onnx.NodeProto], calls: Sequence[Arrays], share: float) -> int:
-    """Change norms and weights of ``model`` and return how many inputs were smoothed. ``share`` is the paper's alpha."""
+    """Change norms and weights of ``model``; returns the number of inputs smoothed. ``share`` is the paper's alpha."""
     groups = _groups(model, layers)
     if not groups or share == 0:
         return 0
@@ -39,9 +41,12 @@ def smooth(model: Model, layers: Sequence[onnx.NodeProto], calls: Sequence[Array
     for name, group in groups.items():
         scales_K = _scales(most[name], [_weight_KN(model, node) for node in group], share)
         outlier = most[name].max() / max(float(np.median(most[name])), LEAST)
-        if _fold(model, name, len(group), scales_K) or (outlier > STANDS_OUT and _multiply(model, name, group, scales_K)):
-            _scale_weights(model, group, scales_K)
-            done += 1
+        if not _fold(model, name, len(group), scales_K):
+            if outlier <= STANDS_OUT:
+                continue
+            _multiply(model, name, group, scales_K)
+        _scale_weights(model, group, scales_K)
+        done += 1
     drop_unused(model)
     infer_types(model)
     return done
@@ -57,10 +62,10 @@ def _groups(model: Model, layers: Sequence[onnx.NodeProto]) -> dict[str, Group]:
     return {name: group for name, group in groups.items() if all(len(read[node.input[1]]) == 1 for node in group)}
 
 
-def _greatest(model: Model, names: Sequence[str], calls: Sequence[Arrays]) -> dict[str, NDArray[np.float32]]:
+def _greatest(model: Model, names: Sequence[str], calls: Sequence[Arrays]) -> dict[str, F32]:
     given = {value.name for value in model.graph.input}
     made = [name for name in names if name not in given]
-    most: dict[str, NDArray[np.float32]] = {}
+    most: dict[str, F32] = {}
     for call, values in zip(calls, each_run(model, made, calls), strict=True):
         for name in names:
             value = values[name] if name in values else call[name]
@@ -69,18 +74,18 @@ def _greatest(model: Model, names: Sequence[str], calls: Sequence[Arrays]) -> di
     return most
 
 
-def _scales(most_K: NDArray[np.float32], weights_KN: Sequence[NDArray[np.float32]], share: float) -> NDArray[np.float32]:
+def _scales(most_K: F32, weights_KN: Sequence[F32], share: float) -> F32:
     weight_K = np.max([np.abs(weight).max(axis=1) for weight in weights_KN], axis=0)
     scales = np.maximum(most_K, LEAST) ** share / np.maximum(weight_K, LEAST) ** (1 - share)
     return np.where((most_K > 0) & (weight_K > 0), scales, 1.0).astype(np.float32)
 
 
-def _weight_KN(model: Model, node: onnx.NodeProto) -> NDArray[np.float32]:
-    weight: NDArray[np.float32] = array_of(constants(model)[node.input[1]])
+def _weight_KN(model: Model, node: onnx.NodeProto) -> F32:
+    weight: F32 = array_of(constants(model)[node.input[1]])
     return weight.T if attribute(node, "transB", 0) else weight
 
 
-def _fold(model: Model, name: str, reading: int, scales_K: NDArray[np.float32]) -> bool:
+def _fold(model: Model, name: str, reading: int, scales_K: F32) -> bool:
     """Divide what the norm multiplies by; False where no norm with constants makes the input for these layers alone."""
     norm, known = makers(model).get(name), constants(model)
     if norm is None or len(readers(model)[name]) != reading:
@@ -94,23 +99,22 @@ def _fold(model: Model, name: str, reading: int, scales_K: NDArray[np.float32]) 
     return True
 
 
-def _multiply(model: Model, name: str, group: Group, scales_K: NDArray[np.float32]) -> bool:
+def _multiply(model: Model, name: str, group: Group, scales_K: F32) -> None:
     factors, smoothed = _add(model, f"{name}_smooth", 1 / scales_K), f"{name}_smoothed"
     first = min(index for index, node in enumerate(model.graph.node) if node.output[0] == group[0].output[0])
     model.graph.node.insert(first, onnx.helper.make_node("Mul", [name, factors], [smoothed], name=smoothed))
     for node in group:
         node.input[0] = smoothed
-    return True
 
 
-def _scale_weights(model: Model, group: Group, scales_K: NDArray[np.float32]) -> None:
+def _scale_weights(model: Model, group: Group, scales_K: F32) -> None:
     for node in group:
         weight_KN = _weight_KN(model, node) * scales_K[:, None]
         weight = weight_KN.T if attribute(node, "transB", 0) else weight_KN
         node.input[1] = _add(model, f"{node.input[1]}_smooth", weight)
 
 
-def _add(model: Model, name: str, values: NDArray[np.float32]) -> str:
+def _add(model: Model, name: str, values: NDArray[Any]) -> str:
     tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(values, np.float32), name)
     model.graph.initializer.append(tensor)
     return name

@@ -1,7 +1,7 @@
 """Static INT8 as Q/DQ graphs: weights and activations in 8 bits, by ranges that calibration found.
 
 Two flavours from one calibration and one set of int8 weights. ONNX Runtime's kernels for x86 want unsigned activations
-and signed weights (U8S8; its S8S8 product is 50 times slower there), TensorRT takes symmetric signed ones alone (S8S8,
+and signed weights (U8S8; S8S8 products are many times slower there), TensorRT takes symmetric signed ones alone (S8S8,
 zero point 0) and no quantized bias.
 """
 
@@ -19,7 +19,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from edge_rsvlm.export.quantize.calibration import Arrays
 from edge_rsvlm.export.quantize.chosen import LAYERS, Chosen, choose_nodes
 from edge_rsvlm.export.quantize.equalise import equalise
-from edge_rsvlm.export.quantize.loaded import Model, load_wide
+from edge_rsvlm.export.quantize.loaded import Model, drop_unused, load_wide
 from edge_rsvlm.export.quantize.ranges import Ranges, find_ranges
 from edge_rsvlm.export.quantize.rounding import Scales, round_convolutions
 from edge_rsvlm.export.quantize.settings import Int8
@@ -53,6 +53,7 @@ def quantize_static(
     tensors = {name for node in chosen.nodes for name in (*node.input, *node.output)}
     ranges = find_ranges(model, tensors, samples, settings)
     scales = round_convolutions(model, chosen.layers, samples)
+    drop_unused(model)
     unsigned = _unsigned(model, chosen, ranges, scales)
     models = [(unsigned, out)]
     if tensorrt is not None:
@@ -111,6 +112,8 @@ def _options(scales: Scales) -> dict[str, Any]:
 def _quantize(
     model: Model, nodes: Sequence[NodeProto], ranges: Ranges, kind: QuantType, options: dict[str, Any]
 ) -> Model:
+    if not nodes:  # an empty list would mean every node
+        return copied(model)
     names, types = [node.name for node in nodes], list({node.op_type for node in nodes})
     quantizer = QDQQuantizer(
         copied(model), True, False, QuantType.QInt8, kind, dict(ranges), names, [], types, options

@@ -132,11 +132,12 @@ class Stream:
             "part",
             [_free_value(name, array) for name, array in feeds.items()],
             [onnx.ValueInfoProto(name=name) for name in gives],
-            [_external(n, a) if n in large else onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in held.items()],
+            [
+                _external(n, a) if n in large else onnx.numpy_helper.from_array(np.asarray(a), n)
+                for n, a in held.items()
+            ],
         )
-        proto = onnx.helper.make_model(
-            graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version
-        )
+        proto = onnx.helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

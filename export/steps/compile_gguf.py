@@ -1,35 +1,51 @@
-"""The language model of a bundle as a GGUF file for llama.cpp, and its tasks pointed at it."""
+"""What llama.cpp runs of a bundle: its language model as a GGUF file, a projector beside it where llama.cpp sees too,
+and the tasks pointed at them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from edge_rsvlm.config.manifest import GenerateTask, Manifest, OnnxDecoder
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.families.base import Family, Source
+from edge_rsvlm.export.gguf.files import Precision
 from edge_rsvlm.export.gguf.importance import measure_importance
-from edge_rsvlm.export.gguf.quantizing import TYPES, quantize
-from edge_rsvlm.export.gguf.writing import can_write, write_text_model
+from edge_rsvlm.export.gguf.projector import can_see, image_steps, prompt_around, write_projector
+from edge_rsvlm.export.gguf.quantizing import Importance, quantize
+from edge_rsvlm.export.gguf.writing import can_write, llama_prompt, write_text_model
 from edge_rsvlm.export.quantize.calibration import Samples
 from edge_rsvlm.export.steps.merge_lora import ModelWeights
+from edge_rsvlm.pipeline.shapes import prepared_shape
 
-FILE, WIDE_FILE = "language.gguf", "language-f16.gguf"
+FILE, WIDE_FILE, PROJECTOR_FILE = "language.gguf", "language-f16.gguf", "projector.gguf"
+WIDE: dict[str, Precision] = {"F32": "F32", "F16": "F16"}
+"""Kinds that are written as they are; all others are made of F16."""
 CONTEXT_TOKENS = 2048
-"""Image, question and answer together; a longer one costs caches whether it is used or not."""
+"""Image, question and answer together. A longer context costs caches whether it is used or not, and is taken only where
+an image needs it."""
+TEXT_TOKENS, MARK_TOKENS = 512, 8
+"""Room for a question in its template, and for what is written around a tile."""
+LARGE_PX = 1 << 13
+GRAPH_KEYS = ("graph", "encoder", "head")
+"""Where tasks that do not write text name their graphs."""
 Metrics = dict[str, float | int | str]
 Progress = Callable[[int, int], None]
+Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class LanguageWriter:
-    """Writes the text model of one checkpoint; its adapters are in ``weights``."""
+    """Writes the model of one checkpoint; its adapters are in ``weights``. ``vision`` is what sees."""
 
     family: Family
     source: Source
     weights: ModelWeights
+    vision: Literal["onnx", "mmproj"] = "onnx"
 
     def check(self) -> None:
         """UsageError for a model that llama.cpp does not know."""
@@ -37,48 +53,118 @@ class LanguageWriter:
             raise UsageError(
                 f"{self.source.folder}: not for llama.cpp ({reason})", fix="take target onnx:int4 or onnx:int8"
             )
+        if self.vision == "mmproj" and (reason := can_see(self.family, self.source)):
+            raise UsageError(f"{self.source.folder}: {reason}", fix='take [gguf] vision = "onnx"')
+
+    def replaces(self, manifest: Manifest) -> tuple[str, ...]:
+        """Graphs whose work llama.cpp takes over: embedding and decoder, and where it sees, all of the tasks that write
+        but what others need. UsageError for adapters that are kept apart, which switch graphs."""
+        if manifest.adapters:
+            raise UsageError(
+                "llama.cpp has no adapters to switch", fix="merge them (keep = false), or take an onnx target"
+            )
+        needed = {name for _, task in manifest.tasks for name in self._graphs(task)}
+        return tuple(name for name in manifest.graphs if name not in needed)
+
+    def _graphs(self, task: BaseModel | None) -> Iterator[str]:
+        """What a task still needs of the graphs."""
+        if isinstance(task, GenerateTask):
+            seeing = (task.encoder, task.project) if self.vision == "onnx" else ()
+            yield from (name for name in seeing if name is not None)
+        elif task is not None:
+            yield from _named(task)
 
     def write(self, kind: str, folder: Path, samples: Samples | None, decoder: str, progress: Progress) -> Metrics:
-        """``folder/language.gguf`` with weights of ``kind``; where calibration reached the ``decoder`` graph, the
-        rounding of fewer bits is weighed by what it was fed."""
-        if kind not in TYPES:
-            return write_text_model(self.family, self.source, self.weights, folder / FILE, _wide(kind), progress)
+        """``language.gguf`` with weights of ``kind``, and ``projector.gguf`` where llama.cpp sees, in ``folder``.
+
+        Where calibration reached the ``decoder`` graph, the rounding of fewer bits is weighed by what it was fed. The
+        projector keeps F16: fewer bits made it no faster, and its features several per cent worse.
+        """
+        found = self._write_language(kind, folder, samples, decoder, progress)
+        if self.vision == "onnx":
+            return found
+        path = folder / PROJECTOR_FILE
+        write_projector(self.family, self.source, self.weights, path, projector_precision(kind), progress)
+        return {**found, "projector bytes": path.stat().st_size}
+
+    def _write_language(
+        self, kind: str, folder: Path, samples: Samples | None, decoder: str, progress: Progress
+    ) -> Metrics:
+        if precision := WIDE.get(kind):
+            return write_text_model(self.family, self.source, self.weights, folder / FILE, precision, progress)
         wide = folder / WIDE_FILE
         written = write_text_model(self.family, self.source, self.weights, wide, "F16", progress)
-        fed = () if samples is None else samples.of(decoder)
-        importance = measure_importance(self.family, self.source, self.weights, fed, progress) if fed else None
+        importance = self._importance(samples, decoder, progress)
         found = quantize(wide, folder / FILE, kind, importance)
         wide.unlink()
         return {**written, **found, "calibrated": "yes" if importance else "no"}
 
+    def _importance(self, samples: Samples | None, decoder: str, progress: Progress) -> Importance | None:
+        fed = () if samples is None else samples.of(decoder)
+        return measure_importance(self.family, self.source, self.weights, fed, progress) if fed else None
 
-def _wide(kind: str) -> Any:
-    return kind
+    def point(self, fields: Fields, kind: str, longest: int) -> None:
+        """Let the tasks of a manifest's ``fields`` be answered by the files; the model reads ``longest`` tokens."""
+        model = {"file": FILE, "quantization": kind}
+        for verb, task in fields["tasks"].items():
+            if task is None or task.get("kind") != "generate":
+                continue
+            context = {"context_tokens": context_tokens(GenerateTask.model_validate(task), longest)}
+            if self.vision == "onnx":
+                task["decoder"] = {"kind": "gguf", "model": model, **context}
+            else:
+                fields["tasks"][verb] = self._seeing(task, verb) | {"model": model, **context}
+                fields["tasks"][verb]["projector"] |= {"quantization": projector_precision(kind)}
+
+    def _seeing(self, task: Fields, verb: str) -> Fields:
+        """GgufTask of what a GenerateTask asks. UsageError for what llama.cpp alone does not do."""
+        if task["repetition_penalty"] != 1.0 or task["beams"] != 1:
+            raise UsageError(
+                f"{verb}: where llama.cpp sees there is no repetition penalty and one beam",
+                fix='take [gguf] vision = "onnx"; or set repetition_penalty to 1.0 in generation_config.json',
+            )
+        prompt = llama_prompt(self.family, self.source, prompt_around(self.family, self.source, task["prompt"]))
+        steps = image_steps(self.family, self.source, task["input"]["prepare"])
+        kept = {key: task[key] for key in ("max_tokens", "boxes", "memory")}
+        return {
+            "kind": "gguf",
+            "input": task["input"] | {"prepare": steps, "mean": 0.0, "std": 1.0 / 255.0},
+            "projector": {"file": PROJECTOR_FILE},
+            "prompt": prompt,
+            **kept,
+        }
 
 
-def replaced_graphs(manifest: Manifest) -> tuple[str, ...]:
-    """Graphs whose work the GGUF file takes over: embedding and decoder."""
-    decoders = _decoders(manifest)
-    return tuple(dict.fromkeys(name for decoder in decoders for name in (decoder.embed, decoder.graph)))
+def projector_precision(kind: str) -> Precision:
+    return "F32" if kind == "F32" else "F16"
 
 
 def decoder_graph(manifest: Manifest) -> str:
     """The decoder's name; UsageError for a model that writes nothing."""
-    for decoder in _decoders(manifest):
-        return decoder.graph
+    for task in _writing(manifest).values():
+        if isinstance(task.decoder, OnnxDecoder):
+            return task.decoder.graph
     raise UsageError("GGUF is for models that write text, and this one does not", fix="take an onnx target")
 
 
-def _decoders(manifest: Manifest) -> list[OnnxDecoder]:
-    tasks = [task for _, task in manifest.tasks if isinstance(task, GenerateTask)]
-    return [task.decoder for task in tasks if isinstance(task.decoder, OnnxDecoder)]
+def context_tokens(task: GenerateTask, longest: int) -> int:
+    """Tokens of the largest image, a question and the longest answer, of ``longest`` at most."""
+    steps, per_tile, unit_px = task.input.prepare, task.visual.per_tile, task.visual.unit_px
+    side = LARGE_PX if steps else task.input.tile_px
+    shape = prepared_shape((side, side), steps)
+    each = per_tile or shape.height * shape.width // (unit_px or 1) ** 2
+    needed = shape.views * (each + MARK_TOKENS) + TEXT_TOKENS + task.max_tokens
+    return min(longest, max(CONTEXT_TOKENS, needed))
 
 
-def point_at(fields: dict[str, Any], kind: str, longest: int) -> None:
-    """Let the tasks of a manifest's ``fields`` be answered by the file, which reads at most ``longest`` tokens."""
-    decoder = {
-        "kind": "gguf", "model": {"file": FILE, "quantization": kind}, "context_tokens": min(longest, CONTEXT_TOKENS)
-    }  # fmt: skip
-    for task in fields["tasks"].values():
-        if task is not None and task.get("kind") == "generate":
-            task["decoder"] = decoder
+def _writing(manifest: Manifest) -> dict[str, GenerateTask]:
+    return {verb: task for verb, task in manifest.tasks if isinstance(task, GenerateTask)}
+
+
+def _named(spec: BaseModel) -> Iterator[str]:
+    """Graphs that a task, or a part of it, names."""
+    for key, value in spec:
+        if key in GRAPH_KEYS and isinstance(value, str):
+            yield value
+        elif isinstance(value, BaseModel):
+            yield from _named(value)

@@ -25,7 +25,7 @@ from edge_rsvlm.export.quantize.static import quantize_static
 from edge_rsvlm.export.quantize.typed import half_precision
 from edge_rsvlm.export.quantize.weight_only import quantize_int4
 from edge_rsvlm.export.recipe import Recipe
-from edge_rsvlm.export.steps.compile_gguf import LanguageWriter, decoder_graph, point_at, replaced_graphs
+from edge_rsvlm.export.steps.compile_gguf import LanguageWriter, decoder_graph
 from edge_rsvlm.export.steps.compile_onnx import BUNDLE
 from edge_rsvlm.export.steps.parity import BY_ADAPTER, PROBES
 from edge_rsvlm.pipeline.adapters import read_adapter
@@ -106,7 +106,7 @@ def quantize(
     manifest = Manifest.model_validate(fields)
     quantizer = Quantizer(recipe, draft, samples, target)
     metrics: Metrics = {}
-    dropped = replaced_graphs(manifest) if language else ()
+    dropped = _replaced(language, manifest, recipe)
     for name, precision in chosen_precisions(recipe, manifest, draft).items():
         if name in dropped:
             del fields["graphs"][name]
@@ -123,37 +123,59 @@ def quantize(
             shapes = shape_ranges(manifest, name, tensorrt)
             graph["tensorrt"] = {"file": tensorrt.name, "shapes": {k: v.model_dump() for k, v in shapes.items()}}
         progress(name, 1, 1)
+    per_token = 0
     if language is not None:
         decoder = decoder_graph(manifest)
         found = language.write(
             recipe.bits, target, samples, decoder, lambda done, all_: progress("llama.cpp", done, all_)
         )
-        point_at(fields, recipe.bits, int(found["context_tokens"]))
+        language.point(fields, recipe.bits, int(found["context_tokens"]))
         metrics |= {f"llama.cpp {key}": value for key, value in found.items()}
-    _copy_others(draft, manifest, target)
-    _estimate(fields, target)
+        per_token = int(found["cache bytes per token"])
+    _copy_others(draft, manifest, fields, target)
+    _estimate(fields, target, per_token)
     del fields["files"], fields["schema_version"]
     write_manifest(target, fields)
     _probe_again(load_bundle(target, allow_unsigned=True, allow_older=True), probes, folder / PROBES)
     return metrics | {"bytes": sum(path.stat().st_size for path in target.iterdir())}
 
 
-def _estimate(fields: dict[str, Any], target: Path) -> None:
-    """Memory of tasks that were too large to be measured; what is now small enough will be."""
+def _replaced(language: LanguageWriter | None, manifest: Manifest, recipe: Recipe) -> tuple[str, ...]:
+    """Graphs whose work llama.cpp does; UsageError names one of them that [precision] wants otherwise."""
+    dropped = language.replaces(manifest) if language else ()
+    for name in recipe.precision:
+        if name in dropped:
+            raise UsageError(
+                f"[precision] names '{name}', whose work llama.cpp does", fix=f"leave it out: {recipe.target} says it"
+            )
+    return dropped
+
+
+def _estimate(fields: dict[str, Any], target: Path, per_token: int) -> None:
+    """Memory of tasks that were too large to be measured; what is now small enough will be.
+
+    llama.cpp copies weights into the layouts that it multiplies fastest, so that its files count whole; its caches
+    take ``per_token`` bytes.
+    """
     sizes = [(graph["precision"], _bytes(target / graph["file"])) for graph in fields["graphs"].values()]
     for task in fields["tasks"].values():
         if task and not task["memory"]["measured"]:
-            task["memory"]["session_bytes"] = memory_on_disk(sizes, {"": task})
+            tokens = task.get("decoder", task).get("context_tokens", 0)
+            gguf = [("gguf", path.stat().st_size) for path in target.glob("*.gguf") if tokens]
+            every = [*sizes, *gguf, ("cache", tokens * per_token)]
+            task["memory"]["session_bytes"] = memory_on_disk(every, {"": task})
 
 
 def _bytes(graph: Path) -> int:
     return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.stem}.*") if "tensorrt" not in path.name)
 
 
-def _copy_others(draft: Path, manifest: Manifest, target: Path) -> None:
-    """Tokenizers, lists of answers and adapters."""
+def _copy_others(draft: Path, manifest: Manifest, fields: dict[str, Any], target: Path) -> None:
+    """Tokenizers, lists of answers and adapters; not a tokenizer whose work llama.cpp does."""
     graphs = {graph.file for graph in manifest.graphs.values()}
-    taken = {MANIFEST_NAME, *graphs, *(f"{file}.data" for file in graphs)}
+    tokenizers = {task.tokenizer.file for _, task in manifest.tasks if isinstance(task, GenerateTask)}
+    unused = {file for file in tokenizers if json.dumps(file) not in json.dumps(fields["tasks"])}
+    taken = {MANIFEST_NAME, *graphs, *(f"{file}.data" for file in graphs), *unused}
     for path in draft.iterdir():
         if path.name not in taken:
             place(path, target / path.name)
@@ -172,4 +194,4 @@ def _probe_again(bundle: Bundle, probes: Path, folder: Path) -> None:
             outputs = {key.removeprefix("out.") for key in golden.files if key.startswith("out.")}
         found = dict(run_sliced(bundle.path(bundle.manifest.graphs[name].file), {**inputs, **factors}, outputs))
         arrays = {f"in.{k}": v for k, v in inputs.items()} | {f"out.{k}": v for k, v in found.items()}
-        np.savez_compressed(folder / path.name, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(folder / path.name, **arrays)
