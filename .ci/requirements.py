@@ -6,8 +6,9 @@ The names are those of a requirements file, so that pip reads what this prints.
 from __future__ import annotations
 
 import argparse
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-"""Check a bundle on a board with a GPU: build its engines, compare them with the golden probe and with ONNX Runtime, time
-them, and write what was found as JSON.
+"""Check a bundle on a board with a GPU: build its engines, compare them with the golden probe and with ONNX Runtime,
+time them, and write what was found as JSON.
 
     python benchmarks/device_check.py BUNDLE [--allow-unsigned] [--output check.json]
 

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from edge_rsvlm.bundle import Bundle, Rules, candidate
 from edge_rsvlm.bundle.contents import COPY_AGAIN, Problem
 from edge_rsvlm.bundle.zips import ZIP_ERRORS, open_zip
-from edge_rsvlm.config.manifest import Manifest, ProbeCase
+from edge_rsvlm.config.manifest import GenerateTask, GgufDecoder, GgufTask, Manifest, ProbeCase
 from edge_rsvlm.errors import BudgetError, BundleError
 from edge_rsvlm.pipeline.adapters import read_adapter
-from edge_rsvlm.types import InferenceSession
+from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, task_of
+from edge_rsvlm.tasks.gguf import GgufGenerator
+from edge_rsvlm.types import InferenceSession, Prompt
 
 MOST_PROBE_BYTES = 1 << 30
 _INPUT, _OUTPUT = "in.", "out."
@@ -93,7 +95,10 @@ def replay(bundle: Bundle, case: ProbeCase, open_graph: OpenGraph = cpu_graph) -
     expected = {name.removeprefix(_OUTPUT): array for name, array in golden.items() if name.startswith(_OUTPUT)}
     if not expected or len(inputs) + len(expected) < len(golden):
         raise BundleError(f"'{case.file}' is no golden probe: it needs arrays in.NAME and out.NAME", fix=COPY_AGAIN)
-    actual = _run_task(bundle, case, inputs) if case.graph is None else _run_graph(bundle, case, inputs, list(expected), open_graph)
+    if case.graph is None:
+        actual = _run_task(bundle, case, inputs)
+    else:
+        actual = _run_graph(bundle, case, inputs, list(expected), open_graph)
     if missing := expected.keys() - actual.keys():
         raise BundleError(f"'{case.file}' wants outputs that do not exist: {', '.join(missing)}", fix=COPY_AGAIN)
     by = "" if case.adapter is None else f" by adapter {case.adapter}"
@@ -103,9 +108,7 @@ def replay(bundle: Bundle, case: ProbeCase, open_graph: OpenGraph = cpu_graph) -
     ]
 
 
-def _run_graph(
-    bundle: Bundle, case: ProbeCase, inputs: Arrays, outputs: list[str], open_graph: OpenGraph
-) -> Arrays:
+def _run_graph(bundle: Bundle, case: ProbeCase, inputs: Arrays, outputs: list[str], open_graph: OpenGraph) -> Arrays:
     assert case.graph is not None
     factors = {} if case.adapter is None else read_adapter(bundle, case.adapter).get(case.graph, {})
     session = open_graph(bundle.path(bundle.manifest.graphs[case.graph].file))
@@ -113,8 +116,30 @@ def _run_graph(
 
 
 def _run_task(bundle: Bundle, case: ProbeCase, inputs: Arrays) -> Arrays:
-    """What llama.cpp does in a task, on one thread."""
-    from edge_rsvlm.pipeline.engines import CpuEngine
+    assert case.task is not None
+    try:
+        return {"logits": answer_logits(bundle, case.task, inputs)}
+    except KeyError as exc:
+        raise BundleError(f"'{case.file}' lacks the array in.{exc.args[0]}", fix=COPY_AGAIN) from exc
+
+
+def answer_logits(bundle: Bundle, verb: str, inputs: Arrays) -> NDArray[np.float32]:
+    """Logits [A, V] by which llama.cpp, on one thread, would choose the tokens of an answer; see ProbeCase.
+
+    BundleError for a task whose words are not written by llama.cpp, KeyError for inputs that lack one.
+    """
+    runtime, task = Runtime(bundle, cpu_engine(1, 0)), task_of(bundle.manifest, verb)
+    answer_A = inputs["answer"].astype(np.int64)
+    if isinstance(task, GgufTask):
+        generator = runtime.generator(verb, task)
+        assert isinstance(generator, GgufGenerator)
+        return generator.follow_pixels(inputs["image"], str(inputs["text"]), answer_A)
+    if not isinstance(task, GenerateTask) or not isinstance(task.decoder, GgufDecoder):
+        raise BundleError(f"a golden probe of {verb}, which llama.cpp does not do", fix=COPY_AGAIN)
+    prompt = Prompt(inputs["ids"], inputs["visual"].astype(bool), inputs["features"], inputs["positions"])
+    logits_1V, advance = runtime.language(task).start(prompt)
+    row = np.zeros(1, np.int64)
+    return np.concatenate([logits_1V, *(advance(answer_A[t : t + 1], row) for t in range(len(answer_A) - 1))])
 
 
 def difference(actual: NDArray[Any], expected: NDArray[Any]) -> float:

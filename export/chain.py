@@ -26,19 +26,18 @@ from edge_rsvlm.export.explain import explain, explain_foreign, misfit
 from edge_rsvlm.export.families.base import Family, Source
 from edge_rsvlm.export.families.registry import family_of, open_source
 from edge_rsvlm.export.fewer_bits import FewerBits
-from edge_rsvlm.export.graphs.sliced import SlicedSession
+from edge_rsvlm.export.graphs.sliced import open_graph
 from edge_rsvlm.export.onnx_folder.reading import layout, read_onnx_folder
 from edge_rsvlm.export.precheck import check_places
 from edge_rsvlm.export.proof.gates import table
 from edge_rsvlm.export.recipe import Recipe
 from edge_rsvlm.export.steps.compile_gguf import LanguageWriter
 from edge_rsvlm.export.steps.compile_onnx import compile_onnx
-from edge_rsvlm.export.steps.make_bundle import MEASURED_BYTES, make_bundle
+from edge_rsvlm.export.steps.make_bundle import make_bundle
 from edge_rsvlm.export.steps.merge_lora import ModelWeights, merge_lora, merged_weights, resolution
 from edge_rsvlm.export.steps.parity import Parity, parity
 from edge_rsvlm.export.steps.take_onnx import take_onnx
-from edge_rsvlm.types import InferenceSession
-from edge_rsvlm.verify import cpu_graph, verify
+from edge_rsvlm.verify import verify
 
 Report = Callable[[str, int, int], None]
 """(step, done, in all)."""
@@ -205,7 +204,7 @@ class Chain:
         )
 
     def _verified(self) -> None:
-        report = verify(self.recipe.out, Rules(allow_unsigned=True, allow_older=True), _open_graph)
+        report = verify(self.recipe.out, Rules(allow_unsigned=True, allow_older=True), open_graph)
         if not report.passed:
             problems = "; ".join(problem.message for problem in report.problems)
             raise BundleError(f"the new bundle does not verify: {problems}", fix="remove it, and export it again")
@@ -229,12 +228,6 @@ class Chain:
 
 def _hashes(folder: Path) -> dict[str, str]:
     return {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def _open_graph(path: Path) -> InferenceSession:
-    """Whole as on the device, or by slices where the export shall not need that memory."""
-    weights = path.with_name(f"{path.name}.data")
-    return SlicedSession(path) if weights.exists() and weights.stat().st_size > MEASURED_BYTES else cpu_graph(path)
 
 
 def run_export(recipe: Recipe, report: Report) -> Path:

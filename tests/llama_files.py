@@ -69,7 +69,9 @@ class LlamaFile:
         try:
             assert C.llama_decode(self.context, batch) == 0
             width = C.llama_vocab_n_tokens(self.words)
-            return np.array([np.ctypeslib.as_array(C.llama_get_logits_ith(self.context, i), (width,)) for i in range(count)])
+            return np.array(
+                [np.ctypeslib.as_array(C.llama_get_logits_ith(self.context, i), (width,)) for i in range(count)]
+            )
         finally:
             C.llama_batch_free(batch)
 

@@ -17,6 +17,8 @@ pytest.importorskip("sentencepiece", reason="needs sentencepiece: not installed"
 gguf = pytest.importorskip("gguf", reason="needs gguf: not installed")
 pytest.importorskip("llama_cpp", reason="needs llama_cpp: not installed")
 
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+
 from edge_rsvlm.errors import InputError, UsageError  # noqa: E402
 from edge_rsvlm.export.checkpoint.reading import MemoryTensor  # noqa: E402
 from edge_rsvlm.export.default import baselines  # noqa: E402
@@ -26,6 +28,7 @@ from edge_rsvlm.export.default.data.views import RGB_BANDS, U8_RANGE, cut  # noq
 from edge_rsvlm.export.families.base import Source  # noqa: E402
 from edge_rsvlm.export.families.registry import family_of, open_source  # noqa: E402
 from edge_rsvlm.export.families.tokenizers import load_tokenizer, tokenizer_json  # noqa: E402
+from edge_rsvlm.export.gguf import vocabulary  # noqa: E402
 from edge_rsvlm.export.gguf.files import Entry, write_file  # noqa: E402
 from edge_rsvlm.export.gguf.importance import decoder_plan, measure_importance  # noqa: E402
 from edge_rsvlm.export.gguf.quantizing import TYPES, inspect, quantize  # noqa: E402
@@ -206,11 +209,17 @@ def test_importance_is_the_mean_square_of_inputs(default):
     assert set(found) == {tensor.name for tensor in gguf.GGUFReader(default.file).tensors if len(tensor.shape) > 1}
 
 
+@pytest.fixture(scope="module")
+def importances(default):
+    """Of some images, and of others."""
+    seeds = range(4), range(4, 6)
+    return [measure_importance(default.family, default.source, default.weights, calls(default, own)) for own in seeds]
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "IQ4_XS", "Q4_K_M"])
-def test_importance_lowers_the_error_that_matters(default, tmp_path, kind):
+def test_importance_lowers_the_error_that_matters(default, importances, tmp_path, kind):
     """sum E[x^2] (w - w')^2 of every matrix, by what other images give."""
-    importance = measure_importance(default.family, default.source, default.weights, calls(default, range(4)))
-    other = measure_importance(default.family, default.source, default.weights, calls(default, range(4, 6)))
+    importance, other = importances
 
     def errors(given) -> dict[str, float]:
         quantize(default.file, tmp_path / "small.gguf", kind, given)
@@ -266,6 +275,25 @@ def test_tokenizers_that_llama_cpp_does_not_know(change, message):
     assert read_vocabulary(TOKENIZER, 3).pre == "gpt-2"
     with pytest.raises(UsageError, match=message):
         read_vocabulary(TOKENIZER | change, 3)
+
+
+@pytest.mark.parametrize("cut", vocabulary.BYTE_LEVEL_CUTS)
+def test_every_way_to_cut_texts(tmp_path, cut):
+    """A tokenizer that cuts so, against llama.cpp by the name that the file gives."""
+    before = {"": [], "digits": [pre_tokenizers.Digits(individual_digits=True)]}
+    steps = before[cut] if cut in before else [pre_tokenizers.Split(Regex(cut), "isolated")]
+    made = Tokenizer(models.BPE(ignore_merges=vocabulary.BYTE_LEVEL_CUTS[cut] == vocabulary.WHOLE_WORDS))
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut in before)
+    made.pre_tokenizer = pre_tokenizers.Sequence([*steps, last])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator([*random_texts(300), *tiny.SENTENCES], trainer)
+    words = read_vocabulary(json.loads(made.to_str()), made.get_vocab_size())
+    specials = vocabulary.Specials(bos=None, ends=(0,), pad=None, unknown=None, adds_bos=False)
+    write_file(tmp_path / "words.gguf", "llama", lambda w: vocabulary.describe(w, words, specials), [], "F32")
+    with llama(tmp_path / "words.gguf", words_only=True) as found:
+        for text in random_texts(1000):
+            assert found.tokens(text) == made.encode(text).ids, text
 
 
 def test_words_beyond_the_tokenizer_are_unused():

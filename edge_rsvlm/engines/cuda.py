@@ -87,12 +87,21 @@ def load_cuda() -> CudaRuntime:
         runtime = cast(CudaRuntime, importlib.import_module("cuda.bindings.runtime"))
     except ImportError as missing:
         raise UsageError("cuda-bindings, which speaks to the GPU, is not installed", fix=INSTALL) from missing
-    error, count = runtime.cudaGetDeviceCount()
-    if int(error) or not count:
-        raise UsageError(
-            f"CUDA finds no GPU here ({getattr(error, 'name', error)})", fix="run with --device cpu, or mend the driver"
-        )
+    reason = _no_gpu(runtime)
+    if reason:
+        raise UsageError(f"CUDA finds no GPU here ({reason})", fix="run with --device cpu, or mend the driver")
     return runtime
+
+
+def _no_gpu(runtime: CudaRuntime) -> str:
+    """Why, or empty. Without a driver, cuda-bindings of CUDA 12 raise where those of CUDA 13 answer."""
+    try:
+        error, count = runtime.cudaGetDeviceCount()
+    except RuntimeError as exc:
+        return str(exc)
+    if int(error):
+        return str(getattr(error, "name", error))
+    return "" if count else "it counts none"
 
 
 class Cuda:

@@ -131,7 +131,7 @@ class _Batch:
         each_C = np.full(count, shared, np.int32)
         lists_C = (sequences_CK.ctypes.data + np.arange(count) * sequences_CK.strides[0]).astype(np.uintp)
         self._kept = (positions_PC, sequences_CK, wanted_C, tokens_C, embeds_CD, each_C, lists_C)
-        types: dict[str, Any] = dict(C.llama_batch._fields_)  # type: ignore[arg-type]
+        types: dict[str, Any] = dict(C.llama_batch._fields_)
 
         def pointer(name: str, array: NDArray[Any] | None) -> Any:
             assert array is None or array.flags.c_contiguous

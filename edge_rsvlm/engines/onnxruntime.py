@@ -44,6 +44,8 @@ class OnnxRuntimeEngine:
         # Spinning workers would burn a flying device's battery between tiles.
         self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._options.add_session_config_entry("session.use_env_allocators", "1")
+        # Without VNNI, sums of two products of 8 bits would be cut at 16 bits.
+        self._options.add_session_config_entry("session.x64quantprecision", "1")
         if not OnnxRuntimeEngine._arena_registered:
             config = {"max_mem": arena_bytes, "arena_extend_strategy": _SAME_AS_REQUESTED}
             info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)

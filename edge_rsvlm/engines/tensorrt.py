@@ -232,10 +232,9 @@ class TensorRtSession:
         known = len(axes) == len(self._inputs) and len(found) == 1 and found == most
         return (found.pop()[0], axes) if known else (0, {})
 
-    def _names(self, mode: str) -> list[str]:
+    def _names(self, mode: Any) -> list[str]:
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        wanted = getattr(self._device.library.TensorIOMode, mode)
-        return [name for name in names if self._engine.get_tensor_mode(name) == wanted]
+        return [name for name in names if self._engine.get_tensor_mode(name) == mode]
 
     def _dtype(self, name: str) -> np.dtype[Any]:
         found = self._engine.get_tensor_dtype(name).name
@@ -245,7 +244,7 @@ class TensorRtSession:
 
     def _input_ports(self) -> list[Port]:
         found = []
-        for name in self._names("INPUT"):
+        for name in self._names(self._device.library.TensorIOMode.INPUT):
             least, _, most = (tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, 0))
             dtype = self._dtype(name)
             found.append(Port(name, dtype, self._device.cuda.buffer(prod(most) * dtype.itemsize), least, most))
@@ -255,7 +254,7 @@ class TensorRtSession:
         """Sized for the largest inputs; BundleError where sizes depend on values."""
         self._shape(self._roaming, tuple(port.most for port in self._inputs.values()))
         found = []
-        for name in self._names("OUTPUT"):
+        for name in self._names(self._device.library.TensorIOMode.OUTPUT):
             most = self._roaming.get_max_output_size(name)
             if most < 0 or min(self._roaming.get_tensor_shape(name), default=0) < 0:
                 raise BundleError(f"the size of {name} of {self._name} depends on values", fix="run with --device cpu")

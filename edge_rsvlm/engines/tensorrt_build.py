@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from edge_rsvlm.config.manifest import ShapeRange
 from edge_rsvlm.config.units import format_bytes
 from edge_rsvlm.engines.cuda import Cuda, Gpu
-from edge_rsvlm.engines.tensorrt_library import CLASSIC, Builder, Complaints, Config, Network, Parser, Profile, TensorRt
-from edge_rsvlm.errors import BudgetError, BundleError
+from edge_rsvlm.engines.tensorrt_library import (
+    CLASSIC,
+    Builder,
+    Complaints,
+    Config,
+    Network,
+    Parser,
+    Profile,
+    RtxConfig,
+    TensorRt,
+    new_network,
+)
+from edge_rsvlm.errors import BudgetError, BundleError, UsageError
 
 BUILD_FACTOR = 4
 """Weights as read, as laid out for the kernels tried, as serialized, and scratch: three to four times the weights."""
@@ -89,8 +101,7 @@ class BuildSettings:
 def build(library: TensorRt, complaints: Complaints, graph: Path, shapes: Shapes, settings: BuildSettings) -> Built:
     """The engine of an ONNX file; BundleError says which node or shape TensorRT does not take."""
     builder = library.Builder(complaints.logger)
-    flag = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))  # without the flag nothing else exists
+    network = new_network(library, builder)
     parser = library.OnnxParser(network, complaints.logger)
     if not parser.parse_from_file(str(graph)):
         raise BundleError(f"TensorRT cannot read {graph.name}: {_mistakes(parser)}", fix="export it for TensorRT again")
@@ -98,9 +109,7 @@ def build(library: TensorRt, complaints: Complaints, graph: Path, shapes: Shapes
     config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
     _add_profile(builder, network, config, graph, shapes)
     if settings.compute_capability is not None:
-        number = settings.compute_capability.replace(".", "")
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(library.ComputeCapability, f"SM{number}"), 0)
+        _compile_for(library, cast(RtxConfig, config), settings.compute_capability)
     cached = library.__name__ == CLASSIC  # for RTX there are no timings
     if cached and not config.set_timing_cache(config.create_timing_cache(settings.timing_cache), False):
         config.set_timing_cache(config.create_timing_cache(b""), False)  # it was another GPU's
@@ -108,6 +117,18 @@ def build(library: TensorRt, complaints: Complaints, graph: Path, shapes: Shapes
     if plan is None:
         raise BundleError(f"TensorRT cannot build {graph.name}: {complaints.reason()}", fix=SMALLER)
     return Built(bytes(plan), bytes(config.get_timing_cache().serialize()) if cached else b"")
+
+
+def _compile_for(library: TensorRt, config: RtxConfig, compute_capability: str) -> None:
+    known: Any = getattr(library, "ComputeCapability", None)
+    wanted = getattr(known, f"SM{compute_capability.replace('.', '')}", None)
+    if wanted is None:
+        raise UsageError(
+            f"{library.__name__} {library.__version__} compiles for no GPU of compute capability {compute_capability}",
+            fix="build on the machine that has one, or install TensorRT for RTX for desktop GPUs",
+        )
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(wanted, 0)
 
 
 def _mistakes(parser: Parser) -> str:

@@ -1,5 +1,6 @@
 """TensorRT found and loaded: what is common to its versions 10.3 (JetPack 6.2) to 11 and to TensorRT for RTX.
 
+The protocols are all that is used of it; tests hold them against the signatures of every one of these libraries.
 JetPack's own Python has the library; a virtual environment sees it where it was made with --system-site-packages.
 TensorRT for RTX comes from PyPI and compiles without a GPU, for desktop GPUs alone.
 """
@@ -92,14 +93,24 @@ class Parser(Protocol):
     def supports_model_v2(self, model: bytes, path: str) -> bool: ...
 
 
+class TimingCache(Protocol):
+    """ITimingCache."""
+
+    def serialize(self) -> Any: ...
+
+
 class Config(Protocol):
-    """IBuilderConfig; the last three are of TensorRT for RTX."""
+    """IBuilderConfig."""
 
     def add_optimization_profile(self, profile: Profile) -> int: ...
     def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None: ...
-    def create_timing_cache(self, serialized_timing_cache: bytes) -> Any: ...
-    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool: ...
-    def get_timing_cache(self) -> Any: ...
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> TimingCache: ...
+    def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool: ...
+    def get_timing_cache(self) -> TimingCache: ...
+
+
+class RtxConfig(Config, Protocol):
+    """IBuilderConfig of TensorRT for RTX."""
 
     num_compute_capabilities: int
 
@@ -113,17 +124,46 @@ class Builder(Protocol):
     def build_serialized_network(self, network: Network, config: Config) -> Any | None: ...
 
 
+class MemoryPools(Protocol):
+    """MemoryPoolType."""
+
+    WORKSPACE: Any
+
+
+class Modes(Protocol):
+    """TensorIOMode."""
+
+    INPUT: Any
+    OUTPUT: Any
+
+
+class Strategies(Protocol):
+    """ExecutionContextAllocationStrategy."""
+
+    USER_MANAGED: Any
+
+
+class NetworkFlags(Protocol):
+    """NetworkDefinitionCreationFlag. Its number is another in every major version."""
+
+    STRONGLY_TYPED: Any
+
+
 class TensorRt(Protocol):
-    """The module itself. Enumerations are looked up by name, since versions differ in them."""
+    """The module itself."""
 
     __name__: str
     __version__: str
     ILogger: Any
-    MemoryPoolType: Any
-    TensorIOMode: Any
-    ExecutionContextAllocationStrategy: Any
-    NetworkDefinitionCreationFlag: Any
-    ComputeCapability: Any
+
+    @property
+    def MemoryPoolType(self) -> MemoryPools: ...
+    @property
+    def TensorIOMode(self) -> Modes: ...
+    @property
+    def ExecutionContextAllocationStrategy(self) -> Strategies: ...
+    @property
+    def NetworkDefinitionCreationFlag(self) -> NetworkFlags: ...
 
     def Builder(self, logger: Any) -> Builder: ...
     def Runtime(self, logger: Any) -> Runtime: ...
@@ -142,6 +182,11 @@ def load_tensorrt() -> TensorRt:
         except (ImportError, OSError, RuntimeError) as exc:
             broken = f": {name} does not load ({exc})"
     raise UsageError(f"TensorRT is not installed{broken}", fix=INSTALL)
+
+
+def new_network(library: TensorRt, builder: Builder) -> Network:
+    """An empty network, strongly typed: the types in the file are those that are computed in."""
+    return builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 
 class Complaints:

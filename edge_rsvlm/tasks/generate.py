@@ -80,6 +80,12 @@ class Generator:
         ]
         return np.stack(found)
 
+    def read(self, image: PreparedImage, text: str) -> Prompt:
+        """What the language model reads of an image and a text."""
+        layout = _layout(image)
+        ids_S = self._ids(self._prompt(layout, text))
+        return self._placed(ids_S, self._see(image.pixels_KCHW[None]), layout)
+
     def _see(self, pixels_NKCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         """Visual tokens of images, tile by tile: a split image then needs no more memory than a small one."""
         tiles = range(pixels_NKCHW.shape[1])

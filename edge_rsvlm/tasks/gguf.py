@@ -52,7 +52,11 @@ class GgufGenerator:
 
     def follow(self, image: PreparedImage, text: str, answer_T: Tokens) -> NDArray[np.float32]:
         """Logits [T, V] by which each token of a given answer would be chosen after those before it."""
-        logits_1V, advance = self._model.start(eight_bits(image), self._prompt(text))
+        return self.follow_pixels(eight_bits(image), text, answer_T)
+
+    def follow_pixels(self, image_HWC: NDArray[np.uint8], text: str, answer_T: Tokens) -> NDArray[np.float32]:
+        """``follow`` for an image in 8 bits."""
+        logits_1V, advance = self._model.start(image_HWC, self._prompt(text))
         row = np.zeros(1, np.int64)
         return np.concatenate([logits_1V, *(advance(answer_T[t : t + 1], row) for t in range(len(answer_T) - 1))])
 

@@ -17,10 +17,13 @@ import onnx
 from numpy.typing import NDArray
 
 from edge_rsvlm.engines.onnxruntime import ort
+from edge_rsvlm.types import InferenceSession
+from edge_rsvlm.verify import cpu_graph
 
 Arrays = dict[str, NDArray[Any]]
 
 SLICE_BYTES = 256 << 20
+WHOLE_BYTES = 1 << 30
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -33,6 +36,12 @@ class SlicedSession:
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
         found = dict(run_sliced(self.path, inputs, set(outputs)))
         return [found[name] for name in outputs]
+
+
+def open_graph(path: Path) -> InferenceSession:
+    """Whole as on the device, or by slices where the export shall not need that memory."""
+    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*") if "tensorrt" not in file.name)
+    return SlicedSession(path) if size > WHOLE_BYTES else cpu_graph(path)
 
 
 @dataclass(frozen=True)

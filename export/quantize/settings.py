@@ -39,7 +39,7 @@ class Int8(Model):
     Integer-Arithmetic-Only Inference"): weights per output channel and symmetric, activations per tensor."""
 
     ranges: Ranges = "percentile"
-    percentile: float = Field(default=99.99, gt=50, le=100)
+    percentile: float = Field(default=99.999, gt=50, le=100)
     smooth: float = Field(default=0.5, ge=0, le=1)
     """Share of the difficulty that SmoothQuant moves from activations to weights of matrix products (Xiao et al. 2023,
     section 4); 0: none."""

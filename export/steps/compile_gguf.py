@@ -109,30 +109,26 @@ class LanguageWriter:
         for verb, task in fields["tasks"].items():
             if task is None or task.get("kind") != "generate":
                 continue
-            context = {"context_tokens": context_tokens(GenerateTask.model_validate(task), longest)}
+            spec = GenerateTask.model_validate(task)
+            common = {"kind": "gguf", "model": model, "context_tokens": context_tokens(spec, longest)}
             if self.vision == "onnx":
-                task["decoder"] = {"kind": "gguf", "model": model, **context}
+                task["decoder"] = common
             else:
-                fields["tasks"][verb] = self._seeing(task, verb) | {"model": model, **context}
-                fields["tasks"][verb]["projector"] |= {"quantization": projector_precision(kind)}
+                projector = {"file": PROJECTOR_FILE, "quantization": projector_precision(kind)}
+                fields["tasks"][verb] = {**common, "projector": projector, **self._seeing(spec, verb)}
 
-    def _seeing(self, task: Fields, verb: str) -> Fields:
-        """GgufTask of what a GenerateTask asks. UsageError for what llama.cpp alone does not do."""
-        if task["repetition_penalty"] != 1.0 or task["beams"] != 1:
+    def _seeing(self, spec: GenerateTask, verb: str) -> Fields:
+        """What a task asks, for GgufTask. UsageError for what llama.cpp alone does not do."""
+        if spec.repetition_penalty != 1.0 or spec.beams != 1:
             raise UsageError(
                 f"{verb}: where llama.cpp sees there is no repetition penalty and one beam",
                 fix='take [gguf] vision = "onnx"; or set repetition_penalty to 1.0 in generation_config.json',
             )
-        prompt = llama_prompt(self.family, self.source, prompt_around(self.family, self.source, task["prompt"]))
-        steps = image_steps(self.family, self.source, task["input"]["prepare"])
-        kept = {key: task[key] for key in ("max_tokens", "boxes", "memory")}
-        return {
-            "kind": "gguf",
-            "input": task["input"] | {"prepare": steps, "mean": 0.0, "std": 1.0 / 255.0},
-            "projector": {"file": PROJECTOR_FILE},
-            "prompt": prompt,
-            **kept,
-        }
+        prompt = llama_prompt(self.family, self.source, prompt_around(self.family, self.source, spec.prompt))
+        asked = spec.model_dump(include={"input", "max_tokens", "boxes", "memory"})
+        steps = image_steps(self.family, self.source, asked["input"]["prepare"])
+        asked["input"] |= {"prepare": steps, "mean": 0.0, "std": 1.0 / 255.0}
+        return {**asked, "prompt": prompt}
 
 
 def projector_precision(kind: str) -> Precision:

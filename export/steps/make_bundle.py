@@ -18,6 +18,7 @@ from edge_rsvlm.export.bundle_writer import (
     step_record,
     write_manifest,
 )
+from edge_rsvlm.export.proof.language_probe import TASK_PREFIX
 from edge_rsvlm.export.steps.compile_onnx import BUNDLE
 from edge_rsvlm.export.steps.parity import BY_ADAPTER, FAILED, PROBES
 
@@ -25,7 +26,7 @@ WORDS = ("prompt", "boxes", "memory")
 MEASURED_BYTES = 1 << 30
 """Larger sessions keep their estimate: an export shall not need the memory of its model."""
 FLOAT_TOLERANCE, INTEGER_TOLERANCE = 5e-3, 5e-2
-"""The same graph on another processor: sums in another order; and of activations in 8 bits some are rounded otherwise."""
+"""The same graph on another processor: sums in another order, and some activations in 8 bits rounded otherwise."""
 
 
 def make_bundle(
@@ -68,6 +69,9 @@ def _measure(folder: Path, tasks: dict[str, Any]) -> None:
 def _probe(path: Path, folder: Path, graphs: Mapping[str, Any]) -> dict[str, Any]:
     (folder / PROBE_FOLDER).mkdir(exist_ok=True)
     shutil.copyfile(path, folder / PROBE_FOLDER / path.name)
+    if path.stem.startswith(TASK_PREFIX):
+        verb = path.stem.removeprefix(TASK_PREFIX)
+        return {"task": verb, "file": f"{PROBE_FOLDER}/{path.name}", "tolerance": INTEGER_TOLERANCE}
     graph, _, adapter = path.stem.partition(BY_ADAPTER)
     tolerance = INTEGER_TOLERANCE if graphs[graph]["precision"].startswith("int") else FLOAT_TOLERANCE
     found = {"graph": graph, "file": f"{PROBE_FOLDER}/{path.name}", "tolerance": tolerance}

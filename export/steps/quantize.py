@@ -16,7 +16,8 @@ from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.bundle_writer import place, write_manifest
 from edge_rsvlm.export.explain import memory_on_disk
 from edge_rsvlm.export.gguf.quantizing import TYPES
-from edge_rsvlm.export.graphs.sliced import run_sliced
+from edge_rsvlm.export.graphs.sliced import open_graph
+from edge_rsvlm.export.proof.language_probe import write_language_probe
 from edge_rsvlm.export.quantize.calibration import Samples
 from edge_rsvlm.export.quantize.choose import int8_kind
 from edge_rsvlm.export.quantize.dynamic import quantize_dynamic
@@ -136,7 +137,10 @@ def quantize(
     _estimate(fields, target, per_token)
     del fields["files"], fields["schema_version"]
     write_manifest(target, fields)
-    _probe_again(load_bundle(target, allow_unsigned=True, allow_older=True), probes, folder / PROBES)
+    made = load_bundle(target, allow_unsigned=True, allow_older=True)
+    _probe_again(made, probes, folder / PROBES)
+    if language is not None:
+        write_language_probe(made, folder / PROBES)
     return metrics | {"bytes": sum(path.stat().st_size for path in target.iterdir())}
 
 
@@ -191,7 +195,8 @@ def _probe_again(bundle: Bundle, probes: Path, folder: Path) -> None:
         factors = read_adapter(bundle, adapter)[name] if adapter else {}
         with np.load(path) as golden:
             inputs = {key.removeprefix("in."): golden[key] for key in golden.files if key.startswith("in.")}
-            outputs = {key.removeprefix("out.") for key in golden.files if key.startswith("out.")}
-        found = dict(run_sliced(bundle.path(bundle.manifest.graphs[name].file), {**inputs, **factors}, outputs))
+            outputs = [key.removeprefix("out.") for key in golden.files if key.startswith("out.")]
+        session = open_graph(bundle.path(bundle.manifest.graphs[name].file))
+        found = dict(zip(outputs, session.run({**inputs, **factors}, outputs), strict=True))
         arrays = {f"in.{k}": v for k, v in inputs.items()} | {f"out.{k}": v for k, v in found.items()}
         np.savez_compressed(folder / path.name, **arrays)

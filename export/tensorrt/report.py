@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 from onnx import numpy_helper
 
-from edge_rsvlm.engines.tensorrt_library import Complaints, load_tensorrt
+from edge_rsvlm.engines.tensorrt_library import Complaints, load_tensorrt, new_network
 from edge_rsvlm.errors import UsageError
 
 OPSET, OPSET_OF_INT4 = 20, 21
@@ -92,7 +92,7 @@ def _parsed(graph: Path) -> Iterator[Unsupported]:
     except UsageError:
         return
     complaints = Complaints(library)
-    network = library.Builder(complaints.logger).create_network(1)
+    network = new_network(library, library.Builder(complaints.logger))
     parser = library.OnnxParser(network, complaints.logger)
     if parser.supports_model_v2(graph.read_bytes(), str(graph)):
         return
