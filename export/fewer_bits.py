@@ -122,9 +122,10 @@ class FewerBits:
                 f"{self.recipe.target} needs images to find its ranges by",
                 fix='add [calibration] images = "FOLDER" to the recipe, or give --calibration FOLDER',
             )
-        config = images.model_dump(mode="json", exclude={"images", "pairs"}) | {
+        config = images.model_dump(mode="json", exclude={"images", "pairs", "without"}) | {
             "images": [_identity(place) for place in images.images],
             "pairs": images.pairs and _identity(images.pairs),
+            "without": [_identity(file) for file in images.without],
         }
 
         def make(folder: Path) -> dict[str, Any]:

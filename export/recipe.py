@@ -36,6 +36,7 @@ max_pixels = 1048576                     # where a model takes images of any siz
 
 [calibration]                            # for targets of fewer bits: images like those of the mission
 images = "tiles"                         # folder, glob or .tar; or a list of them
+without = []                             # files of names, one per line, that are left alone: those that judge
 count = 64
 texts = ["how many ships are there?"]    # for tasks that take a text
 
@@ -227,7 +228,8 @@ def _calibration(base: Path, choice: CalibrationImages | None) -> CalibrationIma
     if choice is None:
         return None
     pairs = base / choice.pairs if choice.pairs else None
-    return choice.model_copy(update={"images": tuple(base / place for place in choice.images), "pairs": pairs})
+    images, without = (tuple(base / place for place in places) for places in (choice.images, choice.without))
+    return choice.model_copy(update={"images": images, "pairs": pairs, "without": without})
 
 
 def _evaluate(base: Path, choice: Evaluate) -> Evaluate:

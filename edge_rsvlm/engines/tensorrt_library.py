@@ -15,8 +15,8 @@ from typing import Any, Protocol, cast
 
 from edge_rsvlm.errors import UsageError
 
-NAMES = ("tensorrt", "tensorrt_rtx")
-CLASSIC = NAMES[0]
+CLASSIC, WITHOUT_GPU = "tensorrt", "tensorrt_rtx"
+"""Modules; the second compiles on a machine without a GPU."""
 INSTALL = (
     "on a Jetson make the environment with `python3 -m venv --system-site-packages`, so that it sees JetPack's "
     "TensorRT; elsewhere `pip install tensorrt-cu12`, or 'edge-rsvlm[tensorrt-rtx]' for desktop GPUs"
@@ -171,10 +171,10 @@ class TensorRt(Protocol):
 
 
 @cache
-def load_tensorrt() -> TensorRt:
-    """TensorRT, or TensorRT for RTX where only that is there; UsageError says how to get one."""
+def load_tensorrt(*names: str) -> TensorRt:
+    """The first of these that is there, or TensorRT, else TensorRT for RTX; UsageError says how to get one."""
     broken = ""
-    for name in NAMES:
+    for name in names or (CLASSIC, WITHOUT_GPU):
         try:
             return cast(TensorRt, importlib.import_module(name))
         except ModuleNotFoundError:

@@ -106,14 +106,24 @@ def record(
         run.image(index, source.path, sources[max(index - 1, 0)].path)
     for index, (before, after) in enumerate(pairs, len(sources)):
         recorder.image = index
-        session.change(before, after, _nowhere)
+        session.change(before.path, after.path, _nowhere)
     progress(len(sources), len(sources))
-    return Samples(folder), Calibration(images=tuple(s.name for s in sources), sha256=_digest(sources))
+    used = [*sources, *(date for pair in pairs for date in pair)]
+    return Samples(folder), Calibration(images=tuple(source.name for source in used), sha256=_digest(used))
 
 
 def listed(images: CalibrationImages) -> list[list[Source]]:
-    """The images of every place, sorted by name; UsageError for a place without one."""
-    return [_of_place(place) for place in images.images]
+    """The images of every place that may calibrate, sorted by name; UsageError for a place without one."""
+    barred = _barred(images)
+    return [[source for source in _of_place(place) if _name(source) not in barred] for place in images.images]
+
+
+def _barred(images: CalibrationImages) -> set[str]:
+    return {line.strip() for file in images.without for line in file.read_text().splitlines()}
+
+
+def _name(source: Source) -> str:
+    return source.name.rpartition("/")[2]
 
 
 def _of_place(place: Path) -> list[Source]:
@@ -135,10 +145,16 @@ def spread(sources: Sequence[Source], count: int) -> list[Source]:
     return [sources[int(place)] for place in places.round()]
 
 
-def _pairs(bundle: Bundle, images: CalibrationImages) -> list[tuple[str, str]]:
+def _pairs(bundle: Bundle, images: CalibrationImages) -> list[tuple[Source, Source]]:
     if images.pairs is None or bundle.manifest.tasks.change is None:
         return []
-    return [(before, after) for before, after, _ in read_pairs(images.pairs).values()]
+    barred = _barred(images)
+    named = read_pairs(images.pairs).items()
+    return [
+        (Source(f"{name}/t1", before), Source(f"{name}/t2", after))
+        for name, (before, after, _) in named
+        if name not in barred
+    ]
 
 
 def _digest(sources: Sequence[Source]) -> str:

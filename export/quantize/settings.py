@@ -28,6 +28,8 @@ class CalibrationImages(Model):
     pairs: Path | None = None
     """For the change task: a folder of pairs as ``edge-rsvlm eval change`` reads it; without it, images that follow
     each other."""
+    without: tuple[Path, ...] = ()
+    """Files of names, one per line: images and pairs that judge, and so must not calibrate."""
     count: int = Field(default=64, gt=0)
     """So many images, of each place alike and evenly spread over its sorted names."""
     texts: tuple[str, ...] = ()

@@ -25,9 +25,6 @@ from edge_rsvlm.pipeline.shapes import prepared_shape
 FILE, WIDE_FILE, PROJECTOR_FILE = "language.gguf", "language-f16.gguf", "projector.gguf"
 WIDE: dict[str, Precision] = {"F32": "F32", "F16": "F16"}
 """Kinds that are written as they are; all others are made of F16."""
-CONTEXT_TOKENS = 2048
-"""Image, question and answer together. A longer context costs caches whether it is used or not, and is taken only where
-an image needs it."""
 TEXT_TOKENS, MARK_TOKENS = 512, 8
 """Room for a question in its template, and for what is written around a tile."""
 LARGE_PX = 1 << 13
@@ -144,13 +141,14 @@ def decoder_graph(manifest: Manifest) -> str:
 
 
 def context_tokens(task: GenerateTask, longest: int) -> int:
-    """Tokens of the largest image, a question and the longest answer, of ``longest`` at most."""
+    """Tokens of the largest image, a question and the longest answer, of ``longest`` at most: every one costs caches,
+    whether it is used or not."""
     steps, per_tile, unit_px = task.input.prepare, task.visual.per_tile, task.visual.unit_px
     side = LARGE_PX if steps else task.input.tile_px
     shape = prepared_shape((side, side), steps)
     each = per_tile or shape.height * shape.width // (unit_px or 1) ** 2
     needed = shape.views * (each + MARK_TOKENS) + TEXT_TOKENS + task.max_tokens
-    return min(longest, max(CONTEXT_TOKENS, needed))
+    return min(longest, needed)
 
 
 def _writing(manifest: Manifest) -> dict[str, GenerateTask]:

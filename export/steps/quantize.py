@@ -29,6 +29,7 @@ from edge_rsvlm.export.recipe import Recipe
 from edge_rsvlm.export.steps.compile_gguf import LanguageWriter, decoder_graph
 from edge_rsvlm.export.steps.compile_onnx import BUNDLE
 from edge_rsvlm.export.steps.parity import BY_ADAPTER, PROBES
+from edge_rsvlm.export.tensorrt.checked import checked
 from edge_rsvlm.pipeline.adapters import read_adapter
 
 CALIBRATED = ("int8", "int4")
@@ -119,10 +120,12 @@ def quantize(
         metrics |= {f"{name} {key}": value for key, value in found.items()}
         graph["precision"] = precision
         if tensorrt is not None:
-            from edge_rsvlm.export.tensorrt.shapes import shape_ranges
-
-            shapes = shape_ranges(manifest, name, tensorrt)
-            graph["tensorrt"] = {"file": tensorrt.name, "shapes": {k: v.model_dump() for k, v in shapes.items()}}
+            known = checked(manifest, name, tensorrt)
+            metrics[f"{name} tensorrt"] = known.said
+            if known.graph is not None:
+                graph["tensorrt"] = known.graph.model_dump()
+            else:
+                progress(f"{name}: {known.said}", 0, 1)
         progress(name, 1, 1)
     per_token = 0
     if language is not None:

@@ -37,15 +37,20 @@ class Unsupported:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.operator} {self.node}: {self.reason}"
+        return f"{' '.join(filter(None, (self.operator, self.node)))}: {self.reason}"
 
 
 def unsupported(graph: Path) -> list[Unsupported]:
     """Everything that would not build, by name; empty where nothing is known to fail."""
-    model = onnx.load(graph, load_external_data=False)
-    found = [*_opset(model), *_nodes(model, graph.parent)]
+    found = known_problems(graph)
     named = {problem.node for problem in found}
     return found + [problem for problem in _parsed(graph) if problem.node not in named]
+
+
+def known_problems(graph: Path) -> list[Unsupported]:
+    """The same by rules alone, which read no weights."""
+    model = onnx.load(graph, load_external_data=False)
+    return [*_opset(model), *_nodes(model, graph.parent)]
 
 
 def _opset(model: onnx.ModelProto) -> Iterator[Unsupported]:
