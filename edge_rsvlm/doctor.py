@@ -18,6 +18,7 @@ GDAL_FORMATS = ("GTiff", "COG", "JP2OpenJPEG", "PNG", "JPEG", "WEBP")
 
 def examine() -> dict[str, Any]:
     """Facts by topic; every one was looked up now."""
+    engines = _engines()
     return {
         "edge-rsvlm": __version__,
         "python": platform.python_version(),
@@ -25,7 +26,8 @@ def examine() -> dict[str, Any]:
         "cpu_threads": profiles.cpu_threads(),
         "memory_available_bytes": profiles.available_memory(),
         "kernels": _kernels(),
-        "engines": _engines(),
+        "engines": engines,
+        "suitable_target": suitable(engines),
         "raster": _raster(),
         "gpu": _gpu(),
     }
@@ -46,8 +48,25 @@ def _engines() -> dict[str, Any]:
         engines["onnxruntime"] = {"version": VERSION, "providers": ort.get_available_providers(), "used": "CPU"}
     else:
         engines["onnxruntime"] = {"missing": "pip install onnxruntime"}
+    engines["llama.cpp"] = _llama()
     engines["tensorrt"] = _tensorrt()
     return engines
+
+
+def _llama() -> dict[str, Any]:
+    try:
+        from edge_rsvlm.engines.llama_library import VERSION
+    except UsageError as exc:
+        return {"missing": exc.fix}
+    return {"version": f"llama-cpp-python {VERSION}", "used": "CPU"}
+
+
+def suitable(engines: dict[str, Any]) -> str:
+    """Which target of ``export run`` suits what is here."""
+    if str(engines["tensorrt"].get("used", "")).startswith("GPU"):
+        return 'onnx:int8 or onnx:f16 with engines = ["onnxruntime", "tensorrt"]'
+    words = "gguf:Q4_K_M" if "version" in engines["llama.cpp"] else "onnx:int4"
+    return f"onnx:int8; {words} for language models of a billion parameters and more"
 
 
 def _tensorrt() -> dict[str, Any]:

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
+onnx = pytest.importorskip("onnx", reason="needs onnx: not installed")
 torch = pytest.importorskip("torch", reason="needs torch: not installed")
 ort = pytest.importorskip("onnxruntime", reason="needs onnxruntime: not installed")
+
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from edge_rsvlm.errors import InputError, UsageError  # noqa: E402
 from edge_rsvlm.export.quantize import weight_only  # noqa: E402

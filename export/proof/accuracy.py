@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edge_rsvlm import evaluate as scored
 from edge_rsvlm import scoring
 from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.config.manifest import AnswerTask, Comparison, GenerateTask
+from edge_rsvlm.config.manifest import AnswerTask, Comparison, GenerateTask, GgufTask
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.evaluate.labels import read_pairs
 from edge_rsvlm.export.proof.gates import AGREEMENT, COSINE, LOSS, Check
@@ -26,6 +26,7 @@ from edge_rsvlm.pipeline.session import Limits, Session
 from edge_rsvlm.raster.inputs import Source, list_inputs
 from edge_rsvlm.scoring import Found, Score, Truth
 from edge_rsvlm.tasks.generate import Generator, Sampling
+from edge_rsvlm.tasks.gguf import GgufGenerator
 from edge_rsvlm.tiles.prepare import Prepared
 
 METRICS = {"detect": "AP50", "change": "F1", "caption": "CIDEr", "ask": "accuracy", "classify": "accuracy"}
@@ -149,10 +150,12 @@ def _tokens(verb: str, old: Session, new: Session, images: Sequence[Source], tex
     return [Check(verb, "token agreement", same / max(asked, 1), AGREEMENT, at_least=True)]
 
 
-def _writer(session: Session, verb: str, path: str) -> tuple[Generator, list[Prepared]]:
+def _writer(session: Session, verb: str, path: str) -> tuple[Generator | GgufGenerator, list[Prepared]]:
     """What writes greedily, and tiles of an image for it."""
     runtime, tiles = session.seen(verb, path, FOLLOWED_TILES)
     task = getattr(runtime.manifest.tasks, verb)
+    if isinstance(task, GgufTask):
+        return runtime.generator(verb, task), tiles
     assert isinstance(task, GenerateTask)
     return runtime.generator(f"{verb}, greedy", task.model_copy(update={"beams": 1})), tiles
 

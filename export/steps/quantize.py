@@ -120,7 +120,7 @@ def quantize(
         metrics |= {f"{name} {key}": value for key, value in found.items()}
         graph["precision"] = precision
         if tensorrt is not None:
-            known = checked(manifest, name, tensorrt)
+            known = checked(manifest, name, draft / graph["file"], tensorrt)
             metrics[f"{name} tensorrt"] = known.said
             if known.graph is not None:
                 graph["tensorrt"] = known.graph.model_dump()

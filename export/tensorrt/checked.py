@@ -28,15 +28,18 @@ class Checked:
     said: str
 
 
-def checked(manifest: Manifest, name: str, file: Path) -> Checked:
-    """Of the file that was written for graph ``name``, which is removed where TensorRT would not take it."""
+def checked(manifest: Manifest, name: str, source: Path, file: Path) -> Checked:
+    """Of ``file``, which was made of graph ``name`` in ``source``, and is removed where TensorRT would not take it.
+
+    The other graphs of the manifest lie beside ``source``.
+    """
     try:
-        shapes = shape_ranges(manifest, name, file)
+        shapes = shape_ranges(manifest, name, source)
         said = _verdict(file, shapes)
     except (BundleError, InputError) as exc:
-        file.unlink()
-        file.with_name(f"{file.stem}.f16.data").unlink(missing_ok=True)
-        return Checked(None, f"left to ONNX Runtime: {exc}")
+        for path in (file, *(file.with_name(f"{stem}.data") for stem in (f"{file.stem}.f16", file.name))):
+            path.unlink(missing_ok=True)
+        return Checked(None, f"left to ONNX Runtime: {str(exc).removesuffix(f'; {exc.fix}')}")
     return Checked(TensorRtGraph(file=file.name, shapes=shapes), f"{said}; {NO_DEVICE}")
 
 
