@@ -9,17 +9,19 @@ import subprocess
 from typing import Any
 
 from edge_rsvlm import __version__, profiles
-from edge_rsvlm.engines.cuda import CudaError
+from edge_rsvlm.bundle import Bundle
+from edge_rsvlm.config.manifest import GenerateTask, GgufDecoder, GgufTask, Manifest
 from edge_rsvlm.errors import UsageError
 
-NEVER_RUN = "the makers never ran an engine on a Jetson: check yours with benchmarks/device_check.py"
+NEVER_RUN = "no engine has run on a GPU where this was made: check yours with benchmarks/device_check.py"
+BUILD = "run `edge-rsvlm engine build`: it has graphs for this GPU"
 GDAL_FORMATS = ("GTiff", "COG", "JP2OpenJPEG", "PNG", "JPEG", "WEBP")
 
 
-def examine() -> dict[str, Any]:
-    """Facts by topic; every one was looked up now."""
+def examine(bundle: Bundle | None = None) -> dict[str, Any]:
+    """Facts by topic, also of where ``bundle`` runs; every one was looked up now."""
     engines = _engines()
-    return {
+    facts = {
         "edge-rsvlm": __version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -31,6 +33,7 @@ def examine() -> dict[str, Any]:
         "raster": _raster(),
         "gpu": _gpu(),
     }
+    return facts if bundle is None else facts | {"bundle": _bundle(bundle, engines)}
 
 
 def _kernels() -> dict[str, Any]:
@@ -72,7 +75,7 @@ def suitable(engines: dict[str, Any]) -> str:
 def _tensorrt() -> dict[str, Any]:
     """The library, and whether engines can be built and run here; each part tells what it lacks."""
     from edge_rsvlm.engines.tensorrt_device import open_device
-    from edge_rsvlm.engines.tensorrt_library import load_tensorrt
+    from edge_rsvlm.engines.tensorrt_library import WITHOUT_GPU, load_tensorrt
 
     try:
         library = load_tensorrt()
@@ -81,9 +84,53 @@ def _tensorrt() -> dict[str, Any]:
     facts = {"version": f"{library.__name__} {library.__version__}", "note": NEVER_RUN}
     try:
         gpu = open_device().gpu
-    except (UsageError, CudaError) as exc:
-        return facts | {"used": f"not here: {exc}"}
+    except UsageError as exc:
+        compiles = "compiles what is exported; runs nothing" if library.__name__ == WITHOUT_GPU else "runs nothing"
+        return facts | {"used": f"{compiles}: {exc}"}
     return facts | {"used": f"GPU ({gpu.name}, compute capability {gpu.compute_capability})"}
+
+
+def _bundle(bundle: Bundle, engines: dict[str, Any]) -> dict[str, Any]:
+    """Where its parts run here, what would suit this machine better, and what is known of its graphs for TensorRT."""
+    from edge_rsvlm.pipeline.devices import place
+
+    manifest, placed = bundle.manifest, place(bundle, "auto")
+    on_gpu = {name for name, graph in manifest.graphs.items() if graph.tensorrt is not None and placed.device == "gpu"}
+    runs = {
+        name: "TensorRT on the GPU" if name in on_gpu else f"ONNX Runtime on the CPU, {graph.precision}"
+        for name, graph in manifest.graphs.items()
+    }
+    written = dict.fromkeys(_by_llama(manifest), "llama.cpp on the CPU")
+    checked = {k: v for step in manifest.steps for k, v in step.metrics.items() if k.endswith(" tensorrt")}
+    return {
+        "name": f"{manifest.name} {manifest.version}",
+        "runs": runs | written,
+        **({"checked": checked} if checked else {}),
+        **({"note": placed.note} if placed.note else {}),
+        **({"advice": advice} if (advice := _advice(manifest, placed.device, engines)) else {}),
+    }
+
+
+def _by_llama(manifest: Manifest) -> list[str]:
+    """Tasks of which llama.cpp does something."""
+    return [
+        verb
+        for verb, task in manifest.tasks
+        if isinstance(task, GgufTask) or (isinstance(task, GenerateTask) and isinstance(task.decoder, GgufDecoder))
+    ]
+
+
+def _advice(manifest: Manifest, device: str, engines: dict[str, Any]) -> str:
+    """What to do so that this machine runs the bundle, and runs it well; empty where nothing is."""
+    if _by_llama(manifest) and "missing" in engines["llama.cpp"]:
+        return f"its texts need llama.cpp: {engines['llama.cpp']['missing']}"
+    if device == "gpu":
+        return ""
+    if str(engines["tensorrt"].get("used", "")).startswith("GPU"):
+        has_graphs = any(graph.tensorrt is not None for graph in manifest.graphs.values())
+        return BUILD if has_graphs else f"for the GPU, export it again: {suitable(engines)}"
+    few_bits = any(graph.precision.startswith("int") for graph in manifest.graphs.values())
+    return "" if few_bits or _by_llama(manifest) else f"to be faster, export it again: {suitable(engines)}"
 
 
 def _raster() -> dict[str, Any]:

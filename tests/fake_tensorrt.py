@@ -25,14 +25,16 @@ OK, OUT_OF_MEMORY, INVALID = 0, 2, 1
 
 @dataclass
 class FakeCuda:
-    """``cuda.bindings.runtime``. ``events`` is what reached the device, in order."""
+    """``cuda.bindings.runtime``. ``events`` is what reached the device, in order; ``largest`` the largest piece."""
 
     free: int = 1 << 34
+    largest: int = 1 << 34
     integrated: int = 0
     name: str = "Fake GPU"
     major: int = 8
     minor: int = 7
     capturable: bool = True
+    failing: int = OK
     events: list[tuple[Any, ...]] = field(default_factory=list)
     blocks: dict[int, Any] = field(default_factory=dict)
     captured: list[Callable[[], None]] | None = None
@@ -57,7 +59,7 @@ class FakeCuda:
 
     def _take(self, kind, size):
         assert size > 0
-        if size > self.free:
+        if size > min(self.free, self.largest):
             return OUT_OF_MEMORY, None
         block = (ctypes.c_uint8 * size)()
         self.blocks[ctypes.addressof(block)] = block
@@ -94,7 +96,7 @@ class FakeCuda:
     def cudaStreamSynchronize(self, stream):
         assert self.captured is None, "a stream that captures cannot be waited for"
         self.events.append(("wait",))
-        return (OK,)
+        return (self.failing,)
 
     def enqueue(self, event, work):
         if self.captured is not None:

@@ -342,7 +342,7 @@ def test_processors_agree(checkpoint):
             images=image, text=prompt, return_tensors="pt", add_special_tokens=name == "blip-2"
         )
         with torch.no_grad():
-            expected = greedy(made.model, dict(found))
+            expected = greedy(made.model, dict(found), task_of(made, "ask").eos_ids)
         answered = made.family.reference(made.source, made.model, np.asarray(image), QUESTION)
         np.testing.assert_array_equal(answered["logits"], expected["logits"])
         assert answered["tokens"].tolist() == expected["tokens"].tolist()
@@ -387,12 +387,13 @@ def test_blip_2_captions(checkpoint):
     made = checkpoint("blip-2")
     image = scene(90, 130)
     pixels = made.family.inputs(made.source, Image.fromarray(image), "")["pixel_values"]
-    expected = greedy(made.model, {"pixel_values": pixels})
+    ends = task_of(made, "caption").eos_ids
+    expected = greedy(made.model, {"pixel_values": pixels}, ends)
     assert prompt_ids(made, task_of(made, "caption"), prepared(made, image), "").tolist() == [
         made.source.config.text_config.bos_token_id
     ]
     bos = torch.tensor([[made.source.config.image_token_index] * 5 + [made.source.config.text_config.bos_token_id]])
-    found = greedy(made.model, {"pixel_values": pixels, "input_ids": bos})
+    found = greedy(made.model, {"pixel_values": pixels, "input_ids": bos}, ends)
     np.testing.assert_array_equal(found["logits"], expected["logits"])
 
 

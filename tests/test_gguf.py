@@ -58,8 +58,10 @@ MAKERS = {
     "qwen2_vl": tiny.qwen,
     "qwen2_vl, tied": lambda folder: tiny.qwen(folder, tied=True),
     "qwen2_5_vl": lambda folder: tiny.qwen(folder, version=QWEN2_5),
+    "qwen2_vl, 4.x": lambda folder: tiny.as_4x(tiny.qwen(folder)),
+    "smolvlm, 4.x": lambda folder: tiny.as_4x(tiny.idefics3(folder, smol=True)),
 }
-ARCHITECTURES = {"qwen2_vl": "qwen2vl", "qwen2_vl, tied": "qwen2vl", QWEN2_5: "qwen2vl", "llava of qwen2": "qwen2"}
+ARCHITECTURES = {name: "qwen2vl" for name in MAKERS if name.startswith("qwen")} | {"llava of qwen2": "qwen2"}
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 """Rows that the blocks of every type divide."""
 MAKERS["llava, wide"] = lambda folder: tiny.llava(folder, text=WIDE)
@@ -275,6 +277,22 @@ def test_tokenizers_that_llama_cpp_does_not_know(change, message):
     assert read_vocabulary(TOKENIZER, 3).pre == "gpt-2"
     with pytest.raises(UsageError, match=message):
         read_vocabulary(TOKENIZER | change, 3)
+
+
+def test_spaces_before_every_part(made, tmp_path):
+    """Llama's tokenizers of old put a space before a text, and again after every special token."""
+    case = made("llava")
+    parsed = json.loads(tokenizer_json(load_tokenizer(case.source.folder, case.source.config)))
+    spaces = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    parsed |= {"normalizer": {"type": "Sequence", "normalizers": spaces}, "pre_tokenizer": None}
+    words = read_vocabulary(parsed, case.source.config.text_config.vocab_size)
+    assert words.space == "always" and for_llama(words, "a ship") == "a ship"
+    specials = vocabulary.Specials(bos=1, ends=(2,), pad=None, unknown=0, adds_bos=False)
+    write_file(tmp_path / "words.gguf", "llama", lambda w: vocabulary.describe(w, words, specials), [], "F32")
+    tokenizer = Tokenizer.from_str(json.dumps(parsed))
+    with llama(tmp_path / "words.gguf", words_only=True) as found:
+        for text in [*random_texts(500), "USER: <image>\nhow many?</s>yes"]:
+            assert found.tokens(text) == tokenizer.encode(text, add_special_tokens=False).ids, text
 
 
 @pytest.mark.parametrize("cut", vocabulary.BYTE_LEVEL_CUTS)

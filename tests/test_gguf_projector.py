@@ -27,6 +27,8 @@ from edge_rsvlm.errors import UsageError  # noqa: E402
 from edge_rsvlm.export.default.family import Default  # noqa: E402
 from edge_rsvlm.export.families.image_processors import load_image_processor  # noqa: E402
 from edge_rsvlm.export.gguf.projector import can_see, prompt_around, write_projector  # noqa: E402
+from edge_rsvlm.export.recipe import Recipe  # noqa: E402
+from edge_rsvlm.export.steps import quantize as step  # noqa: E402
 from edge_rsvlm.export.steps.compile_gguf import (  # noqa: E402
     FILE,
     PROJECTOR_FILE,
@@ -66,6 +68,7 @@ MAKERS = {
     "llava, last layer": lambda folder: siglip(folder, vision_feature_layer=-1),
     "qwen2_vl": tiny.qwen,
     "qwen2_5_vl": lambda folder: tiny.qwen(folder, version="qwen2_5_vl"),
+    "qwen2_vl, 4.x": lambda folder: tiny.as_4x(tiny.qwen(folder)),
 }
 
 
@@ -198,6 +201,10 @@ def test_text_models_alone_leave_the_graphs_that_see(made):
     kept = Manifest.model_validate(fields | {"adapters": {"harbour": {"file": "harbour.npz", "parameters": 1}}})
     with pytest.raises(UsageError, match="no adapters to switch"):
         hybrid.replaces(kept)
+    recipe = Recipe(checkpoint=Path("tiny"), out=Path("out"), target="gguf:F16", precision={"decoder": "f16"})
+    with pytest.raises(UsageError, match="names 'decoder', whose work"):
+        step._replaced(hybrid, manifest, recipe)
+    assert step._replaced(None, manifest, recipe) == ()
     hybrid.point(fields, "Q4_0", 600)
     assert fields["tasks"]["ask"]["decoder"] == {
         "kind": "gguf",
@@ -221,6 +228,22 @@ def test_context_holds_the_largest_image(made):
     assert tokens(300) == 10 * (169 + 8) + 512 + 128
     assert tokens(200) == 5 * (169 + 8) + 512 + 128
     assert tokens(300, 1000) == 1000
+
+
+def test_memory_of_what_is_too_large_to_measure(tmp_path):
+    """Graphs, the files of llama.cpp and its caches; a task of graphs alone has no such files."""
+    (tmp_path / "image.onnx").write_bytes(bytes(1000))
+    (tmp_path / FILE).write_bytes(bytes(20_000))
+    (tmp_path / PROJECTOR_FILE).write_bytes(bytes(3000))
+    large = {"session_bytes": 1, "measured": False}
+    tasks = {
+        "ask": {"context_tokens": 500, "memory": {**large}},
+        "caption": {"decoder": {"context_tokens": 400}, "memory": {**large}},
+        "detect": {"memory": {**large}},
+    }
+    step._estimate({"graphs": {"image": {"precision": "int8", "file": "image.onnx"}}, "tasks": tasks}, tmp_path, 8)
+    found = {verb: task["memory"]["session_bytes"] for verb, task in tasks.items()}
+    assert found == {"ask": 28_000 * 5 // 4, "caption": 27_200 * 5 // 4, "detect": 1000 * 5 // 4}
 
 
 def test_what_libmtmd_sees_otherwise_is_refused(tmp_path):
@@ -262,16 +285,19 @@ def test_settings_that_change_pictures_or_words_are_refused(made, monkeypatch):
             assert message in can_see(newer.family, newer.source)
     with pytest.raises(UsageError, match="around an image"):
         prompt_around(case.family, case.source, "{image}{text}")
-    fields = {"tasks": {"ask": case.family.describe(case.source).tasks["ask"] | {"memory": MEMORY}}}
-    fields["tasks"]["ask"]["repetition_penalty"] = 1.05
-    with pytest.raises(UsageError, match="no repetition penalty"):
-        LanguageWriter(case.family, case.source, case.weights, "mmproj").point(fields, "F16", 2048)
 
 
 def test_check_tells_before_the_work(made, tmp_path):
     case = read(tiny.llava(tmp_path / "clip"), tmp_path / FILE)
     LanguageWriter(case.family, case.source, case.weights).check()
     with pytest.raises(UsageError, match="confuses the patches"):
+        LanguageWriter(case.family, case.source, case.weights, "mmproj").check()
+    folder = tiny.qwen(tmp_path / "qwen")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.05}))
+    case = read(folder, tmp_path / "qwen.gguf")
+    LanguageWriter(case.family, case.source, case.weights).check()
+    with pytest.raises(UsageError, match="no repetition penalty"):
         LanguageWriter(case.family, case.source, case.weights, "mmproj").check()
 
 

@@ -50,7 +50,8 @@ def test_installed_cuda(needs):
 
 def test_every_version_has_a_record():
     assert [path.stem for path in (*TENSORRT, *CUDA)] == [
-        "tensorrt-10.13.3", "tensorrt-10.3.0", "tensorrt-11.4.0", "cuda-bindings-12.8.0", "cuda-bindings-13.5.0"
+        "tensorrt-10.13.3", "tensorrt-10.16.1", "tensorrt-10.3.0", "tensorrt-11.4.0", "cuda-bindings-12.8.0",
+        "cuda-bindings-13.5.0",
     ]  # fmt: skip
 
 

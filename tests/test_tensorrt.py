@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from edge_rsvlm.engines import tensorrt as session_module
 from edge_rsvlm.engines import tensorrt_device
 from edge_rsvlm.engines.cuda import Cuda, Gpu
 from edge_rsvlm.engines.tensorrt import TensorRtSession
-from edge_rsvlm.engines.tensorrt_build import Room, require_room, room
+from edge_rsvlm.engines.tensorrt_build import free_memory, require_room
 from edge_rsvlm.engines.tensorrt_device import device_of
 from edge_rsvlm.errors import BudgetError, BundleError, InputError, UsageError
 from edge_rsvlm.pipeline import built
@@ -183,6 +185,12 @@ def test_wrong_inputs_are_told(session):
         session.run({"x": feed()["x"]}, ["y"])
 
 
+def test_what_fails_on_the_gpu_is_told(session, cuda):
+    cuda.failing = 700
+    with pytest.raises(BundleError, match=r"the GPU failed \(cudaStreamSynchronize: 700\); build the engines again"):
+        session.run(feed(), ["y"])
+
+
 def test_close_gives_everything_back(session, cuda):
     for start in range(3):
         check(session, feed(start=start))
@@ -218,25 +226,20 @@ def test_orders_that_tensorrt_refuses(device, cuda, tmp_path):
             build(library, device.complaints, path, shapes, settings)
 
 
-def proc(folder, available_kib, cma_kib, blocks):
-    (folder / "meminfo").write_text(f"MemTotal: 7802000 kB\nMemAvailable: {available_kib} kB\nCmaFree: {cma_kib} kB\n")
-    (folder / "buddyinfo").write_text(f"Node 0, zone      DMA {blocks}\nNode 0, zone   Normal 1 0 0 0 0 0 0 0 0 0 0\n")
-    return folder
+def test_free_memory_of_a_jetson_is_that_of_linux(device, tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 7802000 kB\nMemFree: 100 kB\nMemAvailable: 5000 kB\n")
+    assert free_memory(device.cuda, Gpu("Orin", "8.7", integrated=True), tmp_path) == 5000 << 10
+    assert free_memory(device.cuda, device.gpu) == device.cuda.free_bytes()
 
 
-def test_room_of_a_jetson_is_that_of_linux(device, tmp_path):
-    gpu = Gpu("Orin", "8.7", integrated=True)
-    assert room(device.cuda, gpu, proc(tmp_path, 5000, 100, "9 8 7 6 5 4 3 2 1 1 0")) == Room(5000 << 10, 4096 << 9)
-    assert room(device.cuda, gpu, proc(tmp_path, 5000, 9000, "9 0 0 0 0 0 0 0 0 0 0")) == Room(5000 << 10, 9000 << 10)
-    assert room(device.cuda, device.gpu) == Room(device.cuda.free_bytes())
-
-
-def test_builds_that_do_not_fit_are_refused_with_the_numbers():
-    require_room(Room(400 * MIB, 8 * MIB), "image", 100 * MIB, 8 * MIB)
+def test_builds_that_do_not_fit_are_refused_with_the_numbers(device, cuda):
+    cuda.largest = 8 * MIB
+    require_room(device.cuda, 400 * MIB, "image", 100 * MIB, 8 * MIB)
+    assert not cuda.blocks  # what was tried is given back
     with pytest.raises(BudgetError, match=r"about 400 MiB \(4 times its 100 MiB of weights\), and 399 MiB are free"):
-        require_room(Room(399 * MIB), "image", 100 * MIB, 8 * MIB)
-    with pytest.raises(BudgetError, match=r"takes 8.0 MiB in one piece .* largest free piece of memory is 7.0 MiB"):
-        require_room(Room(400 * MIB, 7 * MIB), "image", 100 * MIB, 8 * MIB)
+        require_room(device.cuda, 399 * MIB, "image", 100 * MIB, 8 * MIB)
+    with pytest.raises(BudgetError, match=r"takes 9.0 MiB in one piece .* no such piece of 400 MiB that are free"):
+        require_room(device.cuda, 400 * MIB, "image", 100 * MIB, 9 * MIB)
 
 
 @pytest.fixture
@@ -320,11 +323,19 @@ def test_timings_make_the_next_build_faster(bundle, device):
     assert device.library.timing_caches == [b"", b"timings"]
 
 
-def test_a_build_without_room_never_starts(bundle, device, cuda):
-    cuda.free = 100
-    with pytest.raises(BudgetError, match="building main takes about"):
+@pytest.mark.parametrize(("lacking", "message"), [("free", "takes about"), ("largest", "in one piece")])
+def test_a_build_without_room_never_starts(bundle, device, cuda, lacking, message):
+    setattr(cuda, lacking, 100)
+    with pytest.raises(BudgetError, match=f"building main {message}|building main takes .* {message}"):
         build_all(bundle, device)
     assert not device.library.builds
+
+
+def test_a_profile_bounds_a_build(bundle, device):
+    (source,) = sources(bundle)
+    needed = 4 * source.parameter_bytes
+    with pytest.raises(BudgetError, match="building main takes about"):
+        build_engines(bundle, device, needed - 1, lambda name: None)
 
 
 @pytest.fixture
@@ -350,6 +361,31 @@ def test_auto_says_why_it_is_the_cpu(bundle, here, monkeypatch):
     found = place(bundle, "auto")
     assert found.device == "cpu"
     assert found.note.startswith("runs on the CPU: no engines of this GPU and TensorRT for main")
+
+
+@pytest.mark.parametrize("count", [(100, None), (0, 0), RuntimeError("no libcuda")], ids=["error", "none", "raises"])
+def test_machines_without_a_gpu_are_told_so(count, bundle, device, monkeypatch):
+    """As cuda-bindings of CUDA 13 and of CUDA 12 say it."""
+
+    def counted():
+        if isinstance(count, Exception):
+            raise count
+        return count
+
+    runtime = SimpleNamespace(cudaGetDeviceCount=counted)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)
+    monkeypatch.setattr(tensorrt_device, "load_tensorrt", lambda: device.library)
+    with pytest.raises(UsageError, match="CUDA finds no GPU here"):
+        place(bundle, "gpu")
+    assert place(bundle, "auto").device == "cpu"
+
+
+def test_a_gpu_that_does_not_answer_is_told(bundle, device, cuda, monkeypatch):
+    monkeypatch.setattr(cuda, "cudaStreamCreateWithFlags", lambda flags: (999, None))
+    monkeypatch.setattr(tensorrt_device, "load_tensorrt", lambda: device.library)
+    monkeypatch.setattr(tensorrt_device, "load_cuda", lambda: cuda)
+    with pytest.raises(UsageError, match="the GPU does not answer"):
+        place(bundle, "gpu")
 
 
 def test_the_gpu_engine_opens_engines_and_leaves_the_rest_to_onnxruntime(bundle, here):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from edge_rsvlm.bundle import load_bundle
@@ -9,7 +10,8 @@ from edge_rsvlm.errors import UsageError
 
 onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
 pytest.importorskip("torch", reason="the export extra is not installed")
-from edge_rsvlm.export.quantize.settings import Int4  # noqa: E402
+from edge_rsvlm.export.quantize.settings import Int4, Int8  # noqa: E402
+from edge_rsvlm.export.quantize.static import quantize_static  # noqa: E402
 from edge_rsvlm.export.quantize.typed import half_precision  # noqa: E402
 from edge_rsvlm.export.quantize.weight_only import quantize_int4  # noqa: E402
 from edge_rsvlm.export.tensorrt import checked as checking  # noqa: E402
@@ -37,8 +39,12 @@ def source_of(bundle, name):
     return bundle.path(bundle.manifest.graphs[name].file)
 
 
-def check(bundle, written):
-    return checked(bundle.manifest, "caption_prefix", source_of(bundle, "caption_prefix"), written)
+def golden_of(bundle, name):
+    return bundle.path(next(case.file for case in bundle.manifest.probe if case.graph == name))
+
+
+def check(bundle, written, name="caption_prefix"):
+    return checked(bundle.manifest, name, source_of(bundle, name), written, golden_of(bundle, name))
 
 
 def test_a_family_is_exported_for_tensorrt(needs, tmp_path):
@@ -57,7 +63,7 @@ def test_a_family_is_exported_for_tensorrt(needs, tmp_path):
     (step,) = [step for step in made.steps if step.step == "quantize"]
     for name, graph in made.graphs.items():
         said = str(step.metrics[f"{name} tensorrt"])
-        assert said.startswith(TAKEN) and said.endswith("no device ran it")
+        assert said.startswith(TAKEN) and "run on no device, cosine 1.0000 to the graph before" in said
         assert graph.tensorrt is not None and graph.tensorrt.file in made.files
 
 
@@ -67,7 +73,7 @@ def test_blocks_of_4_bits_compile(needs, bundle, tmp_path):
     quantize_int4(source, [], Int4(method="rtn"), out, file)
     kinds = [tensor.data_type for tensor in onnx.load(file, load_external_data=False).graph.initializer]
     assert kinds.count(onnx.TensorProto.INT4) > 20
-    assert checked(bundle.manifest, "caption_decoder", source, file).said.startswith(TAKEN)
+    assert check(bundle, file, "caption_decoder").said.startswith(TAKEN)
     assert {problem.operator for problem in unsupported(out)} >= {"MatMulNBits"}
 
 
@@ -89,7 +95,7 @@ def test_without_a_compiler_rules_have_the_word(bundle, written, monkeypatch):
 
     monkeypatch.setattr(checking, "compiler", missing)
     found = check(bundle, written)
-    assert found.said == "checked by rules: TensorRT for RTX is not installed here; no device ran it"
+    assert found.said.startswith("checked by rules: TensorRT for RTX is not installed here, run on no device, cosine 1.0")
     assert found.graph is not None and found.graph.shapes["c5"].most == (8, 320, 16, 16)
 
 
@@ -98,3 +104,23 @@ def test_large_graphs_are_not_compiled(bundle, written, monkeypatch):
     monkeypatch.setattr(compiled, "load_tensorrt", lambda *names: pytest.fail("it was asked"))
     found = check(bundle, written)
     assert found.graph is not None and "too large to be compiled here" in found.said
+
+
+def test_graphs_that_compute_something_else_are_left_out(bundle, written):
+    """Whose weights are those of another channel, say."""
+    model = onnx.load(written)
+    weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    values = onnx.numpy_helper.to_array(weight)
+    weight.CopyFrom(onnx.numpy_helper.from_array(values[::-1].copy(), weight.name))
+    onnx.save(model, written)
+    found = check(bundle, written)
+    assert found.graph is None and "it computes something else: cosine" in found.said
+
+
+def test_symmetric_8_bits_compute_what_the_encoder_does(bundle, tmp_path):
+    source, out, file = source_of(bundle, "encoder"), tmp_path / "e.onnx", tmp_path / "e.tensorrt.onnx"
+    with np.load(golden_of(bundle, "encoder")) as golden:
+        samples = [{"tiles": golden["in.tiles"]}]
+    quantize_static(source, samples, Int8(ranges="minmax"), out, file)
+    said = check(bundle, file, "encoder").said
+    assert float(said.partition("cosine ")[2].split()[0]) > 0.98

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 
-from edge_rsvlm.cli.common import json_option
+from edge_rsvlm.cli.common import allow_older, bundle_options, json_option
 
 
 @click.command("doctor")
+@bundle_options
 @json_option
-def command(as_json: bool) -> None:
-    """Show what works on this machine: kernels, engines, raster formats."""
+def command(bundle: Path | None, allow_unsigned: bool, as_json: bool) -> None:
+    """Show what works on this machine, and where a bundle runs on it."""
+    from edge_rsvlm.bundle import load_bundle
     from edge_rsvlm.doctor import examine
 
-    facts = examine()
+    facts = examine(load_bundle(bundle, allow_unsigned=allow_unsigned, allow_older=allow_older()))
     if as_json:
         click.echo(json.dumps(facts))
         return

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from edge_rsvlm.errors import BudgetError, BundleError, UsageError
 
 INSTALL = "pip install 'edge-rsvlm[cuda12]' (CUDA 12, JetPack 6) or 'edge-rsvlm[cuda13]' (CUDA 13, JetPack 7)"
-OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 ALIGNMENT = 256
 Answer = tuple[Any, ...]
 """What every call gives: the error first, then its results."""
@@ -49,12 +48,12 @@ class CudaRuntime(Protocol):
     def cudaGraphExecDestroy(self, graph: Any) -> Answer: ...
 
 
-class CudaError(Exception):
-    """A call failed; it becomes one of our errors where it is known what was wanted."""
+class CudaError(BundleError):
+    """A call failed; another of our errors tells it where it is known what was wanted. ``reason`` is CUDA's name."""
 
     def __init__(self, call: str, code: Any) -> None:
-        super().__init__(f"{call}: {getattr(code, 'name', code)}")
-        self.out_of_memory = int(code) == OUT_OF_MEMORY
+        self.reason = f"{call}: {getattr(code, 'name', code)}"
+        super().__init__(f"the GPU failed ({self.reason})", fix="build the engines again, or run with --device cpu")
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Cuda:
             return self._call(function, size)
         except CudaError as exc:
             raise BudgetError(
-                f"the GPU gives no block of {size} bytes ({exc})",
+                f"the GPU gives no block of {size} bytes ({exc.reason})",
                 fix="stop what else uses it, or run with --device cpu",
             ) from exc
 
@@ -166,13 +165,8 @@ class Cuda:
             self._call(self._runtime.cudaMemcpyAsync, buffer.host, buffer.device, size, kind, self.stream)
 
     def wait(self) -> None:
-        """Until the stream is done; BundleError where something in it failed."""
-        try:
-            self._call(self._runtime.cudaStreamSynchronize, self.stream)
-        except CudaError as exc:
-            raise BundleError(
-                f"the GPU failed ({exc})", fix="build the engines again, or run with --device cpu"
-            ) from exc
+        """Until the stream is done; CudaError where something in it failed."""
+        self._call(self._runtime.cudaStreamSynchronize, self.stream)
 
     def capture(self, work: Callable[[], None]) -> Any:
         """What ``work`` puts into the stream as a graph that can be launched; nothing runs yet.

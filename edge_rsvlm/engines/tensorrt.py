@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.engines.cuda import Buffer, CudaError
+from edge_rsvlm.engines.cuda import Buffer
 from edge_rsvlm.engines.tensorrt_device import Device
 from edge_rsvlm.engines.tensorrt_library import Context, Engine, Shape
 from edge_rsvlm.errors import BudgetError, BundleError, InputError, UsageError
@@ -177,7 +177,7 @@ class TensorRtSession:
         if way.warm and way.graph is None and way.recordable:
             try:
                 way.graph = self._device.cuda.capture(lambda: self._enqueue(way.context, shapes))
-            except (CudaError, BundleError):
+            except BundleError:  # of CUDA or TensorRT
                 way.recordable = False
         way.warm = True
         if way.graph is None:

@@ -31,53 +31,36 @@ SMALLER = "free memory (close the desktop), build a smaller precision, or run wi
 Shapes = Mapping[str, ShapeRange]
 
 
-@dataclass(frozen=True)
-class Room:
-    """Bytes that a build may take. ``contiguous_bytes`` in one piece; None where a GPU's own memory has no such bound.
-
-    A Jetson's GPU takes memory from Linux, and large blocks from the contiguous pool (CMA).
-    """
-
-    free_bytes: int
-    contiguous_bytes: int | None = None
-
-
-def room(cuda: Cuda, gpu: Gpu, proc: Path = PROC) -> Room:
-    """What is free now."""
+def free_memory(cuda: Cuda, gpu: Gpu, proc: Path = PROC) -> int:
+    """Bytes of the memory that the GPU uses. A Jetson's is that of Linux, which gives up its file caches for it."""
     if not gpu.integrated:
-        return Room(cuda.free_bytes())
+        return cuda.free_bytes()
     lines = (proc / "meminfo").read_text().splitlines()
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if ":" in line}
-    pieces = max(kib.get("CmaFree", 0) * 1024, _largest_block(proc))
-    return Room(kib["MemAvailable"] * 1024, pieces)
+    kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return kib * 1024
 
 
-def _largest_block(proc: Path) -> int:
-    """Of the buddy allocator: column k counts free blocks of 2**k pages of 4 KiB."""
-    largest = 0
-    for line in (proc / "buddyinfo").read_text().splitlines():
-        counts = [int(text) for text in line.split()[4:]]
-        orders = [order for order, count in enumerate(counts) if count]
-        largest = max(largest, 4096 << max(orders)) if orders else largest
-    return largest
+def require_room(cuda: Cuda, free_bytes: int, graph: str, parameter_bytes: int, largest_bytes: int) -> None:
+    """BudgetError, with the numbers, unless a build of so many bytes of weights fits, of which ``largest_bytes``
+    are one tensor.
 
-
-def require_room(found: Room, graph: str, parameter_bytes: int, largest_bytes: int) -> None:
-    """BudgetError, with the numbers, unless a build of so many bytes of weights fits; ``largest_bytes`` has the largest
-    tensor."""
+    Whether the GPU gives that in one piece is tried: what a board's driver can piece together no number tells.
+    """
     needed = BUILD_FACTOR * parameter_bytes
-    if found.free_bytes < needed:
+    if free_bytes < needed:
         raise BudgetError(
             f"building {graph} takes about {format_bytes(needed)} ({BUILD_FACTOR} times its "
-            f"{format_bytes(parameter_bytes)} of weights), and {format_bytes(found.free_bytes)} are free",
+            f"{format_bytes(parameter_bytes)} of weights), and {format_bytes(free_bytes)} are free",
             fix=SMALLER,
         )
-    if found.contiguous_bytes is not None and found.contiguous_bytes < largest_bytes:
+    try:
+        cuda.free(cuda.allocate(largest_bytes))
+    except BudgetError as exc:
         raise BudgetError(
-            f"building {graph} takes {format_bytes(largest_bytes)} in one piece for its largest weight, and the "
-            f"largest free piece of memory is {format_bytes(found.contiguous_bytes)}",
+            f"building {graph} takes {format_bytes(largest_bytes)} in one piece for its largest weight, and the GPU "
+            f"gives no such piece of {format_bytes(free_bytes)} that are free",
             fix="restart the board, give its kernel a larger pool (cma=950M in extlinux.conf), or use --device cpu",
-        )
+        ) from exc
 
 
 @dataclass(frozen=True)

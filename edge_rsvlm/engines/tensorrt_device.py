@@ -25,7 +25,9 @@ def open_device() -> Device:
     try:
         return device_of(library, Cuda(runtime))
     except CudaError as exc:
-        raise UsageError(f"the GPU does not answer ({exc})", fix="run with --device cpu, or mend the driver") from exc
+        raise UsageError(
+            f"the GPU does not answer ({exc.reason})", fix="run with --device cpu, or mend the driver"
+        ) from exc
 
 
 def device_of(library: TensorRt, cuda: Cuda) -> Device:

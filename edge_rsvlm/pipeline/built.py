@@ -21,7 +21,7 @@ from edge_rsvlm.bundle.external_data import external_data
 from edge_rsvlm.bundle.home import cache_folder, locked, make_private, replacing
 from edge_rsvlm.config.manifest import ShapeRange
 from edge_rsvlm.engines.tensorrt import TensorRtSession
-from edge_rsvlm.engines.tensorrt_build import BuildSettings, Room, build, require_room, room
+from edge_rsvlm.engines.tensorrt_build import BuildSettings, build, free_memory, require_room
 from edge_rsvlm.engines.tensorrt_device import Device
 from edge_rsvlm.errors import BundleError, UsageError
 
@@ -139,14 +139,14 @@ def build_engines(bundle: Bundle, device: Device, limit_bytes: int | None, progr
 
 
 def _build(bundle: Bundle, device: Device, source: Source, limit_bytes: int | None, progress: Progress) -> Engine:
-    found = room(device.cuda, device.gpu)
+    free_bytes = free_memory(device.cuda, device.gpu)
     if limit_bytes is not None:
-        found = Room(min(found.free_bytes, limit_bytes), found.contiguous_bytes)
-    require_room(found, source.name, source.parameter_bytes, source.largest_bytes)
+        free_bytes = min(free_bytes, limit_bytes)
+    require_room(device.cuda, free_bytes, source.name, source.parameter_bytes, source.largest_bytes)
     progress(source.name)
     started = time.monotonic()
     timings = _timings(device)
-    settings = BuildSettings(found.free_bytes // 2, timings.read_bytes() if timings.exists() else b"")
+    settings = BuildSettings(free_bytes // 2, timings.read_bytes() if timings.exists() else b"")
     made = build(device.library, device.complaints, source.file, source.shapes, settings)
     seconds = round(time.monotonic() - started, 2)
     if made.timing_cache:
@@ -157,9 +157,9 @@ def _build(bundle: Bundle, device: Device, source: Source, limit_bytes: int | No
 
 def _keep(bundle: Bundle, device: Device, source: Source, data: bytes, seconds: float) -> Engine:
     """Write the engine once it was opened; its stamp comes last, and counts."""
-    before = room(device.cuda, device.gpu).free_bytes
+    before = free_memory(device.cuda, device.gpu)
     session = TensorRtSession(device, data, source.name)
-    after = room(device.cuda, device.gpu).free_bytes
+    after = free_memory(device.cuda, device.gpu)
     resident = max(before - after, len(data) + session.device_bytes)
     session.close()
     plan = _plan(bundle, source)

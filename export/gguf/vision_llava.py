@@ -1,7 +1,7 @@
 """LLaVA's vision for libmtmd (projector ``mlp``): SigLIP up to the layer that is read, and two matrices.
 
 Layers above it are not written. With CLIP, libmtmd of llama-cpp-python 0.3.36 appends the class token, and then drops
-the first patch instead of it and shifts all positions by one (ggml-org/llama.cpp#25814): features were 75 % off.
+the first patch instead of it and shifts all positions by one (ggml-org/llama.cpp#25814): features are far off.
 """
 
 from __future__ import annotations

@@ -45,13 +45,21 @@ class LanguageWriter:
     vision: Literal["onnx", "mmproj"] = "onnx"
 
     def check(self) -> None:
-        """UsageError for a model that llama.cpp does not know."""
+        """UsageError for a model that llama.cpp does not know, or what it does not do alone. Weights are not read."""
         if reason := can_write(self.family, self.source):
             raise UsageError(
                 f"{self.source.folder}: not for llama.cpp ({reason})", fix="take target onnx:int4 or onnx:int8"
             )
-        if self.vision == "mmproj" and (reason := can_see(self.family, self.source)):
+        if self.vision == "onnx":
+            return
+        if reason := can_see(self.family, self.source):
             raise UsageError(f"{self.source.folder}: {reason}", fix='take [gguf] vision = "onnx"')
+        for verb, task in self.family.describe(self.source).tasks.items():
+            if task["repetition_penalty"] != 1.0 or task["beams"] != 1:
+                raise UsageError(
+                    f"{verb}: where llama.cpp sees there is no repetition penalty and one beam",
+                    fix='take [gguf] vision = "onnx"; or set repetition_penalty to 1.0 in generation_config.json',
+                )
 
     def replaces(self, manifest: Manifest) -> tuple[str, ...]:
         """Graphs whose work llama.cpp takes over: embedding and decoder, and where it sees, all of the tasks that write
@@ -112,15 +120,10 @@ class LanguageWriter:
                 task["decoder"] = common
             else:
                 projector = {"file": PROJECTOR_FILE, "quantization": projector_precision(kind)}
-                fields["tasks"][verb] = {**common, "projector": projector, **self._seeing(spec, verb)}
+                fields["tasks"][verb] = {**common, "projector": projector, **self._seeing(spec)}
 
-    def _seeing(self, spec: GenerateTask, verb: str) -> Fields:
-        """What a task asks, for GgufTask. UsageError for what llama.cpp alone does not do."""
-        if spec.repetition_penalty != 1.0 or spec.beams != 1:
-            raise UsageError(
-                f"{verb}: where llama.cpp sees there is no repetition penalty and one beam",
-                fix='take [gguf] vision = "onnx"; or set repetition_penalty to 1.0 in generation_config.json',
-            )
+    def _seeing(self, spec: GenerateTask) -> Fields:
+        """What a task asks, for GgufTask."""
         prompt = llama_prompt(self.family, self.source, prompt_around(self.family, self.source, spec.prompt))
         asked = spec.model_dump(include={"input", "max_tokens", "boxes", "memory"})
         steps = image_steps(self.family, self.source, asked["input"]["prepare"])

@@ -120,7 +120,7 @@ def quantize(
         metrics |= {f"{name} {key}": value for key, value in found.items()}
         graph["precision"] = precision
         if tensorrt is not None:
-            known = checked(manifest, name, draft / graph["file"], tensorrt)
+            known = checked(manifest, name, draft / graph["file"], tensorrt, probes / f"{name}.npz")
             metrics[f"{name} tensorrt"] = known.said
             if known.graph is not None:
                 graph["tensorrt"] = known.graph.model_dump()
@@ -167,7 +167,7 @@ def _estimate(fields: dict[str, Any], target: Path, per_token: int) -> None:
     sizes = [(graph["precision"], _bytes(target / graph["file"])) for graph in fields["graphs"].values()]
     for task in fields["tasks"].values():
         if task and not task["memory"]["measured"]:
-            tokens = task.get("decoder", task).get("context_tokens", 0)
+            tokens = task.get("decoder", task).get("context_tokens", 0) * task.get("beams", 1)
             gguf = [("gguf", path.stat().st_size) for path in target.glob("*.gguf") if tokens]
             every = [*sizes, *gguf, ("cache", tokens * per_token)]
             task["memory"]["session_bytes"] = memory_on_disk(every, {"": task})

@@ -37,7 +37,7 @@ from edge_rsvlm.tasks.match import TEXTS_AT_ONCE
 AnyTask = DetectTask | OpenDetectTask | ChangeTask | GenerateTask | GgufTask | AnswerTask | MatchTask
 BATCH = BATCHES[0]
 ASPECTS = ((1, 2), (1, 1), (2, 1))
-"""Of images looked at whole, where a model's size follows the image's; others go to the CPU."""
+"""Of images looked at whole, where a model's size follows the image's; longer ones need --device cpu."""
 SMALLEST_PX = 64
 """Of images looked at whole, and of golden probes of models that take any size."""
 MOST_REGIONS = 100
