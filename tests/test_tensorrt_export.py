@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edge_rsvlm.bundle import load_bundle
-from edge_rsvlm.errors import UsageError
+from edge_rsvlm.errors import BundleError, UsageError
 
 onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
 pytest.importorskip("torch", reason="the export extra is not installed")
@@ -118,10 +118,15 @@ def test_graphs_that_compute_something_else_are_left_out(bundle, written):
     assert found.graph is None and "it computes something else: cosine" in found.said
 
 
-def test_symmetric_8_bits_compute_what_the_encoder_does(bundle, tmp_path):
+def test_8_bits_compile_where_they_are_symmetric(needs, bundle, tmp_path):
+    needs("tensorrt_rtx")
     source, out, file = source_of(bundle, "encoder"), tmp_path / "e.onnx", tmp_path / "e.tensorrt.onnx"
     with np.load(golden_of(bundle, "encoder")) as golden:
         samples = [{"tiles": golden["in.tiles"]}]
     quantize_static(source, samples, Int8(ranges="minmax"), out, file)
-    said = check(bundle, file, "encoder").said
-    assert float(said.partition("cosine ")[2].split()[0]) > 0.98
+    found = check(bundle, file, "encoder")
+    assert found.graph is not None and found.said.startswith(TAKEN)
+    assert float(found.said.partition("cosine ")[2].split()[0]) > 0.98
+    assert {problem.operator for problem in unsupported(out)} == {"QuantizeLinear", "DequantizeLinear"}
+    with pytest.raises(BundleError, match=r"cannot read e\.onnx"):
+        compiled.compiled_bytes(out, found.graph.shapes)

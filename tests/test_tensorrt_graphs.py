@@ -166,22 +166,6 @@ def test_packaged_graphs_compile_in_half_precision(compiled, half, bundle):
         assert compiled(half[name], spans) > 100_000
 
 
-def test_packaged_encoder_compiles_in_8_bits_and_not_unsigned(compiled, bundle, tmp_path):
-    from edge_rsvlm.export.quantize.settings import Int8
-    from edge_rsvlm.export.quantize.static import quantize_static
-
-    source = bundle.path(bundle.manifest.graphs["encoder"].file)
-    samples = [{"tiles": np.random.default_rng(0).normal(size=(1, 5, 64, 64)).astype(np.float32)}]
-    cpu, gpu = tmp_path / "encoder.onnx", tmp_path / "encoder.tensorrt.onnx"
-    quantize_static(source, samples, Int8(ranges="minmax"), cpu, gpu)
-    spans = shape_ranges(bundle.manifest, "encoder", source)
-    assert unsupported(gpu) == []
-    assert compiled(gpu, spans) > 100_000
-    assert {problem.operator for problem in unsupported(cpu)} == {"QuantizeLinear", "DequantizeLinear"}
-    with pytest.raises(BundleError, match=r"cannot read encoder\.onnx"):
-        compiled(cpu, spans)
-
-
 def test_sizes_that_do_not_fit_the_graph_are_refused(compiled, half):
     with pytest.raises(BundleError):
         compiled(
