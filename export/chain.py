@@ -130,6 +130,8 @@ class Chain:
             assert self.resolution is not None
         if language := self._language(self.source, ModelWeights(self.checkpoint.config, self.tensors)):
             language.check()
+            if self.recipe.goal is not None:
+                raise UsageError("a goal chooses among graphs, and llama.cpp has none", fix="give an onnx target")
 
     def _run_foreign(self) -> Path:
         """Graphs that others exported: there is no model to compare them with."""

@@ -53,15 +53,23 @@ def test_engines_that_agree_pass(script, tmp_path):
     assert (code, found["passed"]) == (0, True)
     assert found["device"]["gpu"] == "Fake GPU" and "graph_sha256" not in found["device"]
     graph = found["graphs"]["main"]
-    assert graph["cosine_golden"] == graph["cosine_usual"] == {"y": 1.0}
+    assert graph["cosine_golden"] == graph["cosine_probe"] == graph["cosine_usual"] == {"y": 1.0}
     assert graph["built"] and set(graph["gpu_ms"]) == {"p20", "p50", "p80", "p99"}
     assert json.loads(json.dumps(found)) == found
 
 
-def test_engines_that_compute_something_else_do_not(script, tmp_path):
+def test_graphs_that_compute_something_else_do_not(script, tmp_path):
     found, code = script.report(bundle_with(tmp_path / "b", other_weights()), True)
     assert (code, found["passed"], found["graphs"]["main"]["agrees"]) == (1, False, False)
-    assert found["graphs"]["main"]["cosine_golden"]["y"] < 0.995
+    graph = found["graphs"]["main"]
+    assert graph["cosine_golden"]["y"] < 0.95 and graph["cosine_probe"]["y"] == 1.0
+
+
+def test_engines_that_compute_something_else_than_their_graph_do_not(script, tmp_path, monkeypatch):
+    run = script.TensorRtSession.run
+    monkeypatch.setattr(script.TensorRtSession, "run", lambda *given: [value[:, ::-1] for value in run(*given)])
+    found, code = script.report(bundle_with(tmp_path / "b", tiny_bundle.model()), True)
+    assert code == 1 and found["graphs"]["main"]["cosine_probe"]["y"] < 0.995
 
 
 def test_graphs_without_a_probe_do_not(script, tmp_path):

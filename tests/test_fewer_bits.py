@@ -116,6 +116,13 @@ def test_a_goal_of_size_is_met_by_a_mix(tmp_path):
     assert search["metrics"]["goal"] == "size=10MiB"
 
 
+def test_a_goal_is_not_for_llama(tmp_path):
+    (tmp_path / "c").mkdir()
+    tiny_generators.llava(tmp_path / "c")
+    made = run("export", "run", recipe(tmp_path, tmp_path / "c", "gguf:Q8_0", goal='"size=10MiB"'))
+    assert "a goal chooses among graphs" in str(made.exception) and not (tmp_path / "steps").exists()
+
+
 LAYERS = [
     LayerLoss("g", "hard", 10, {"int8": 0.1, "int4": 0.4}),
     LayerLoss("g", "easy", 1000, {"int8": 0.001, "int4": 0.01}),

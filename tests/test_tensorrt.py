@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -388,6 +389,14 @@ def test_a_gpu_that_does_not_answer_is_told(bundle, device, cuda, monkeypatch):
         place(bundle, "gpu")
 
 
+def test_adapters_run_on_the_cpu(bundle, here):
+    build_all(bundle, here)
+    with pytest.raises(UsageError, match="know nothing of the adapter 'harbour'; run with --device cpu"):
+        place(bundle, "gpu", "harbour")
+    found = place(bundle, "auto", "harbour")
+    assert found.device == "cpu" and "adapter 'harbour'" in found.note
+
+
 def test_the_gpu_engine_opens_engines_and_leaves_the_rest_to_onnxruntime(bundle, here):
     build_all(bundle, here)
     engine = place(bundle, "gpu").engine(1, 0)
@@ -414,6 +423,26 @@ def test_commands(bundle, here, monkeypatch):
     assert (engine["name"], engine["built"]) == ("main", True) and engine["resident_bytes"] > 0
     again = CliRunner().invoke(cli, ["engine", "build", str(bundle.folder), "--allow-unsigned"])
     assert "main  is there" in again.stdout
+
+
+def refused(*arguments):
+    """Exit code and message of a command that fails."""
+    program = [sys.executable, "-c", "from edge_rsvlm.cli import main; main()"]
+    run = subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True)
+    return run.returncode, run.stderr
+
+
+def test_commands_without_a_gpu(bundle, tmp_path):
+    """In processes of their own, as users run them: this machine has no GPU, or TensorRT is not installed."""
+    if shutil.which("nvidia-smi"):
+        pytest.skip("needs a machine without a GPU")
+    given = ("--allow-unsigned",)
+    for command in (
+        ("engine", "build", bundle.folder, *given),
+        ("caption", tmp_path / "none.tif", "--bundle", bundle.folder, "--device", "gpu", *given),
+    ):
+        code, said = refused(*command)
+        assert code == 2 and said.startswith("error: ") and len(said.splitlines()) == 1
 
 
 def test_a_bundle_without_graphs_for_tensorrt_is_told_so(tmp_path):

@@ -148,7 +148,7 @@ def open_session(
     from edge_rsvlm.pipeline.session import Session
 
     loaded = load_bundle(bundle, allow_unsigned=allow_unsigned, allow_older=allow_older())
-    placement = place(loaded, click.get_current_context().meta.get(_DEVICE, "auto"))
+    placement = place(loaded, click.get_current_context().meta.get(_DEVICE, "auto"), adapter)
     if placement.note:
         click.echo(placement.note, err=True)
     session = Session(placement.bundle, limits, started=process_start(), adapter=adapter)

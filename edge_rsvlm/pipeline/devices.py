@@ -28,21 +28,21 @@ class Placement:
     note: str = ""
 
 
-def place(bundle: Bundle, device: DeviceName) -> Placement:
+def place(bundle: Bundle, device: DeviceName, adapter: str | None = None) -> Placement:
     """``auto`` is the GPU where engines were built for this bundle and fit what is here, else the CPU.
 
-    UsageError for ``gpu`` where it cannot be had, with the reason.
+    UsageError for ``gpu`` where it cannot be had, with the reason: an ``adapter``, say, which engines know nothing of.
     """
-    if device == "cpu":
+    if device == "cpu" or (device == "auto" and not _was_built(bundle)):
         return _on_cpu(bundle)
-    if device == "auto":
-        if not _was_built(bundle):
-            return _on_cpu(bundle)
-        try:
-            return _on_gpu(bundle)
-        except UsageError as exc:
-            return _on_cpu(bundle, f"runs on the CPU: {exc}")
-    return _on_gpu(bundle)
+    try:
+        if adapter is not None:
+            raise UsageError(f"engines know nothing of the adapter '{adapter}'", fix="run with --device cpu")
+        return _on_gpu(bundle)
+    except UsageError as exc:
+        if device == "gpu":
+            raise
+        return _on_cpu(bundle, f"runs on the CPU: {exc}")
 
 
 def _on_cpu(bundle: Bundle, note: str = "") -> Placement:
