@@ -103,6 +103,8 @@ class FewerBits:
                 proven.folder / PROBES,
                 Samples(calibrated.folder / SAMPLES),
             )
+            # A candidate is judged on this machine: no graphs for TensorRT.
+            recipe = recipe.model_copy(update={"engines": ("onnxruntime",)})
             quantize(recipe, draft, probes, samples, Path(folder), self.progress("search: quantize"))
             after = load_bundle(Path(folder) / BUNDLE, allow_unsigned=True, allow_older=True)
             found = compare_labelled("search", _bundle(compiled), after, recipe.evaluate, self.progress("search"))

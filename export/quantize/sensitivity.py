@@ -150,7 +150,7 @@ def _int8(node: NodeProto, weight: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _int4(node: NodeProto, weight: NDArray[Any], block: int) -> NDArray[np.float32]:
-    weight_NK = torch.from_numpy(np.ascontiguousarray(weight if _turned(node) else weight.T, np.float32))
+    weight_NK = torch.from_numpy(np.array(weight if _turned(node) else weight.T, np.float32, order="C"))
     grid = searched_grid(weight_NK, torch.ones(weight_NK.shape[1]), block, 4)
     values_NK = grid.blocks(grid.round(weight_NK)).values_NK()
     return np.ascontiguousarray(values_NK if _turned(node) else values_NK.T)
