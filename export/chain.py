@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from edge_rsvlm.export.explain import explain, explain_foreign, misfit
 from edge_rsvlm.export.families.base import Family, Source
 from edge_rsvlm.export.families.registry import family_of, open_source
 from edge_rsvlm.export.fewer_bits import FewerBits
+from edge_rsvlm.export.gguf.pair import gguf_files, read_pair
 from edge_rsvlm.export.graphs.sliced import open_graph
 from edge_rsvlm.export.onnx_folder.reading import layout, read_onnx_folder
 from edge_rsvlm.export.precheck import check_places
@@ -36,6 +37,7 @@ from edge_rsvlm.export.steps.compile_onnx import compile_onnx
 from edge_rsvlm.export.steps.make_bundle import make_bundle
 from edge_rsvlm.export.steps.merge_lora import ModelWeights, merge_lora, merged_weights, resolution
 from edge_rsvlm.export.steps.parity import Parity, parity
+from edge_rsvlm.export.steps.take_gguf import check_recipe, explain_pair, take_gguf
 from edge_rsvlm.export.steps.take_onnx import take_onnx
 from edge_rsvlm.verify import verify
 
@@ -87,7 +89,7 @@ class Chain:
         """Every step; returns the bundle's folder."""
         check_places(self.recipe)
         if self.foreign:
-            return self._run_foreign()
+            return self._run_onnx() if layout(self.recipe.checkpoint) else self._run_gguf()
         self._read_all()
         check_names([choice.bundle_name for choice in self.recipe.kept])
         checked = self._checked(self.family.name)
@@ -133,7 +135,7 @@ class Chain:
             if self.recipe.goal is not None:
                 raise UsageError("a goal chooses among graphs, and llama.cpp has none", fix="give an onnx target")
 
-    def _run_foreign(self) -> Path:
+    def _run_onnx(self) -> Path:
         """Graphs that others exported: there is no model to compare them with."""
         if self.recipe.adapters:
             raise UsageError("adapters cannot be merged into ONNX files", fix="export from the checkpoint's weights")
@@ -145,11 +147,20 @@ class Chain:
         taken = self._step("take_onnx", self.recipe.settings, [checked], make)
         return self._bundled([checked, taken], taken, taken)
 
+    def _run_gguf(self) -> Path:
+        """What others made for llama.cpp, likewise."""
+        check_recipe(self.recipe)
+        pair = read_pair(self.recipe.checkpoint)
+        checked = self._checked("gguf")
+        make = partial(take_gguf, pair, self.recipe)
+        taken = self._step("take_gguf", self.recipe.settings, [checked], make)
+        return self._bundled([checked, taken], taken, taken)
+
     @property
     def foreign(self) -> bool:
-        """Whether the folder holds an ONNX export and no weights that one could be made from."""
+        """Whether the folder holds ONNX or GGUF files that others exported, and no weights to make them from."""
         folder = self.recipe.checkpoint
-        return layout(folder) is not None and not has_weights(folder)
+        return (layout(folder) is not None or bool(gguf_files(folder))) and not has_weights(folder)
 
     def _checked(self, family: str) -> Artifact:
         """Hashes of everything in the folder: configs and tokenizers decide as much as weights do."""
@@ -249,7 +260,9 @@ def run_export(recipe: Recipe, report: Report) -> Path:
 def explain_export(recipe: Recipe) -> str:
     """What would be done; nothing is."""
     chain = Chain(recipe, lambda *_: None)
-    return explain_foreign(recipe) if chain.foreign else explain(recipe, chain.family, chain.source)
+    if not chain.foreign:
+        return explain(recipe, chain.family, chain.source)
+    return explain_foreign(recipe) if layout(recipe.checkpoint) else explain_pair(read_pair(recipe.checkpoint), recipe)
 
 
 def misfit_of_export(recipe: Recipe) -> str | None:

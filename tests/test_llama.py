@@ -134,10 +134,12 @@ def test_an_encoder_of_another_model_is_refused(model):
         language(model).start(strange)
 
 
-@pytest.mark.parametrize("keep", [0, 10, 4000])
-def test_files_that_are_no_model(model, keep):
+@pytest.mark.parametrize(
+    ("keep", "why"), [(0, "magic"), (10, "header"), (4000, "key-value pairs"), (-4000, "not within the file bounds")]
+)
+def test_files_that_are_no_model(model, keep, why):
     model.write_bytes(model.read_bytes()[:keep])
-    with pytest.raises(BundleError, match=r"cannot load tiny.gguf"):
+    with pytest.raises(BundleError, match=rf"cannot load tiny.gguf: .*{why}"):
         language(model)
 
 

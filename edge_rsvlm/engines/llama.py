@@ -46,6 +46,20 @@ class LlamaModel:
         self.mrope: bool = C.llama_model_rope_type(self.pointer) in _MROPE
         weakref.finalize(self, C.llama_model_free, self.pointer)
 
+    @property
+    def specials(self) -> dict[str, str]:
+        """Tokens that chat templates write by name; empty where the vocabulary has none."""
+        found = {"bos_token": C.llama_vocab_bos(self.vocabulary), "eos_token": C.llama_vocab_eos(self.vocabulary)}
+        return {
+            name: "" if token < 0 else C.llama_vocab_get_text(self.vocabulary, token).decode("utf-8", "replace")
+            for name, token in found.items()
+        }
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the first of them comes before every text."""
+        return bool(C.llama_vocab_get_add_bos(self.vocabulary))
+
 
 class LlamaLanguage:
     """LanguageModel of a GGUF file, for prompts and answers of ``context_tokens`` together.

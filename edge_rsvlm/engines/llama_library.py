@@ -18,7 +18,7 @@ VERSION = "0.3.36"
 # Off x86 a build for the machine itself is the fast one, and a plain install makes that.
 _PORTABLE = 'CMAKE_ARGS="-DGGML_NATIVE=OFF" ' if platform.machine() in ("x86_64", "AMD64") else ""
 INSTALL = f"{_PORTABLE}pip install 'edge-rsvlm[gguf]'"
-_ERROR, _CONTINUED = 3, 5  # levels of ggml's log
+_ERROR = 4  # a level of ggml's log (ggml.h)
 
 try:
     _found = metadata.version("llama-cpp-python")
