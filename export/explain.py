@@ -17,7 +17,7 @@ from edge_rsvlm.export.recipe import Recipe
 BYTES_PER_PARAMETER = {"f32": 4.0, "f16": 2.0, "int8": 1.0, "int4": 0.5625}
 """A block of 32 numbers of 4 bits has a scale of 2 bytes."""
 HELD_BYTES = {
-    "int8": 1.0, "int4": 0.5625, "F16": 2.0, "Q8_0": 1.0625, "Q6_K": 0.82, "Q5_K_M": 0.71, "Q4_K_M": 0.61, 
+    "int8": 1.0, "int4": 0.5625, "F16": 2.0, "Q8_0": 1.0625, "Q6_K": 0.82, "Q5_K_M": 0.71, "Q4_K_M": 0.61,
     "Q4_0": 0.5625, "IQ4_XS": 0.54,
 }  # fmt: skip
 """A parameter in memory, of what is not widened; llama.cpp maps its file, and reads all of it for every word."""

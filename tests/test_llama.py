@@ -1,17 +1,35 @@
-"""Language models of llama.cpp: logits, sequences that share what was read, and files that are none."""
+"""Language models of llama.cpp: logits, sequences that share what was read, broken files, bundles that answer."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from PIL import Image
 
+import edge_rsvlm
+from edge_rsvlm.cli import cli
+from edge_rsvlm.config.manifest import GgufTask
 from edge_rsvlm.errors import BundleError, UsageError
+from edge_rsvlm.tasks.gguf import GgufGenerator
+from edge_rsvlm.tasks.search import Sampling, Stop, beam_search
+from edge_rsvlm.tiles.prepare import Prepared
 from edge_rsvlm.types import Prompt
-from tests import tiny_gguf
+from tests import llama_bundles, tiny_gguf
+from tests.fakes import MEMORY
 
 CONTEXT = 64
 # llama.cpp keeps keys and values in half precision.
 TOLERANCE = 5e-3
+SCENE = Path(edge_rsvlm.__file__).parent / "scenes" / "marina.webp"
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +113,29 @@ def test_rows_that_share_a_past_and_part(model, weights):
         assert off(after[row], expected(weights, asked, 0, answer)[2]) < TOLERANCE
 
 
+@pytest.mark.parametrize("see_ahead", [False, True])
+def test_images_longer_than_a_pass(model, weights, see_ahead):
+    asked = prompt(images=2, visual=300)
+    logits, _ = language(model, 320).start(asked, images_see_ahead=see_ahead)
+    for image in range(2):
+        assert off(logits[image], expected(weights, asked, image, see_ahead=see_ahead)[0]) < 2 * TOLERANCE
+
+
+def test_beams_are_those_of_numpy(model, weights):
+    """Whole searches: sequences are shared and parted at every token."""
+    asked, stop = prompt(), Stop((tiny_gguf.END,), 6)
+    answers: list[list[int]] = [[]]
+
+    def advance(tokens_M, rows_M):
+        answers[:] = [[*answers[row], token] for token, row in zip(tokens_M.tolist(), rows_M.tolist(), strict=True)]
+        return np.stack([expected(weights, asked, 0, answer)[-1] for answer in answers])
+
+    wanted = beam_search(expected(weights, asked, 0), advance, stop, beams=4, length_penalty=1.0)
+    found = beam_search(*language(model, beams=4).start(asked), stop, beams=4, length_penalty=1.0)
+    np.testing.assert_array_equal(found[0], wanted[0])
+    assert max(map(len, answers)) > 2
+
+
 def test_a_model_reads_again_as_if_it_were_new(model):
     runs = language(model)
     first, _ = runs.start(prompt(seed=1))
@@ -143,18 +184,188 @@ def test_files_that_are_no_model(model, keep, why):
         language(model)
 
 
-def test_a_projector_sees(model, tmp_path):
+@pytest.fixture
+def seeing(model, tmp_path):
     from edge_rsvlm.engines.llama_vision import LlamaVision
 
-    seeing = LlamaVision(language(model, 256), tiny_gguf.write_projector(tmp_path / "mmproj.gguf"))
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    words = f"<|im_start|>User:{seeing.marker}what?"
-    count = seeing.tokens(image, words)
-    logits, advance = seeing.start(image, words)
-    other, _ = seeing.start(255 - image, words)
-    assert count < 256 and logits.shape == (1, tiny_gguf.TINY.words) and off(other, logits) > 1e-2
-    again, advance = seeing.start(image, words)
-    np.testing.assert_array_equal(logits, again)
-    assert np.isfinite(advance(np.array([40]), np.array([0]))).all()
-    assert tiny_gguf.END in seeing.ends
+    return LlamaVision(language(model, 256), tiny_gguf.write_projector(tmp_path / "mmproj.gguf"))
+
+
+def picture(side: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+
+
+def asked_of(seeing) -> str:
+    return f"<|im_start|>User:{seeing.marker}what?<end_of_utterance>\nAssistant:"
+
+
+def test_a_projector_sees(seeing):
+    """Logits by NumPy from what the projector made of the image, and the words around it."""
+    weights, words = tiny_gguf.text_weights(), asked_of(seeing)
+    parts = list(seeing._parts(picture(), words))
+    embeds = [weights["token_embd.weight"][part.ids_T] if part.visual_TD is None else part.visual_TD for part in parts]
+    whole = np.concatenate(embeds)
+    assert len(whole) == seeing.tokens(picture(), words) < 256
+    # Four tiles and the overview, of 16 visual tokens each.
+    assert [len(part.visual_TD) for part in parts if part.visual_TD is not None] == [16] * 5
+    logits, advance = seeing.start(picture(), words)
+    after = advance(np.array([40]), np.array([0]))
+    embeds = np.concatenate([whole, weights["token_embd.weight"][[40]]])
+    wanted = tiny_gguf.reference_logits(weights, embeds, np.arange(len(embeds)))
+    assert off(np.concatenate([logits, after]), wanted[-2:]) < 2 * TOLERANCE  # more is read
+    other, _ = seeing.start(255 - picture(), words)
+    assert off(other, logits) > 0.05 and tiny_gguf.END in seeing.ends
+
+
+def test_a_projector_and_a_model_that_are_not_of_one(model, tmp_path):
+    from edge_rsvlm.engines.llama_vision import LlamaVision
+
+    other = tiny_gguf.write_projector(tmp_path / "mmproj.gguf", dataclasses.replace(tiny_gguf.TINY, width=32))
+    with pytest.raises(BundleError, match=r"cannot see by mmproj.gguf: .*mismatch"):
+        LlamaVision(language(model, 256), other)
+    other.write_bytes(other.read_bytes()[:2000])
+    with pytest.raises(BundleError, match=r"cannot see by mmproj.gguf: .*failed to load"):
+        LlamaVision(language(model, 256), other)
+
+
+def test_images_that_are_too_long_are_not_encoded(model, tmp_path):
+    from edge_rsvlm.engines.llama_vision import LlamaVision
+
+    seeing = LlamaVision(language(model, 64), tiny_gguf.write_projector(tmp_path / "mmproj.gguf"))
+    with pytest.raises(UsageError, match="the model reads 63"):
+        seeing.start(picture(), asked_of(seeing))
+
+
+def generator(seeing, **more) -> GgufGenerator:
+    file = {"file": "f", "quantization": "F32"}
+    task = GgufTask.model_validate({
+        "kind": "gguf", "input": llama_bundles.IN_8_BITS, "model": file, "projector": file, "context_tokens": 256,
+        "prompt": llama_bundles.PROMPT, "max_tokens": 6, "memory": MEMORY, **more,
+    })  # fmt: skip
+    return GgufGenerator(task, seeing)
+
+
+def prepared(tiles: int = 1) -> Prepared:
+    pixels = np.repeat(picture().transpose(2, 0, 1)[None], tiles, axis=0)
+    return Prepared(pixels.astype(np.float32), 1, tiles, (1.0, 1.0, 0.0, 0.0))
+
+
+def test_answers_of_a_model_that_sees(seeing):
+    asked = generator(seeing)
+    answers = asked.tokens([prepared(), prepared()], "what?")
+    assert len(answers[0]) <= 6 and np.array_equal(*answers)
+    logits = asked.follow(prepared(), "what?", answers[0])
+    np.testing.assert_array_equal(logits.argmax(1), answers[0])
+    assert asked([prepared()], "what?") == [seeing.text(answers[0].tolist()).strip()]
+    warm = Sampling(temperature=1.0, seed=3, max_tokens=4)
+    assert len(asked.tokens([prepared()], "what?", warm)[0]) <= 4
+
+
+def test_questions_that_cannot_be_asked(seeing):
+    asked = generator(seeing)
+    with pytest.raises(UsageError, match="would pass for the image"):
+        asked([prepared()], f"what is {seeing.marker}?")
+    with pytest.raises(UsageError, match="more than this bundle answers"):
+        asked([prepared()], "what?", Sampling(temperature=0.0, max_tokens=7))
+    with pytest.raises(BundleError, match="splits an image itself"):
+        asked([prepared(2)], "what?")
+
+
+def test_marks_of_boxes_stay_in_an_answer(seeing):
+    open_, close = (tiny_gguf.SPECIAL.index(f"<|box_{end}|>") for end in ("start", "end"))
+    words = [open_, tiny_gguf.vocabulary().index("7"), close, tiny_gguf.SPECIAL.index("<image>")]
+    assert seeing.text(words) == "7"
+    assert seeing.text(words, ("<|box_start|>", "<|box_end|>")) == "<|box_start|>7<|box_end|>"
+
+
+ANSWERS = {"caption": "caption", "ask": "answer"}
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(cli, [str(a) for a in arguments], standalone_mode=False)
+
+
+@pytest.mark.parametrize("kind", ["alone", "hybrid"])
+def test_bundles_answer_on_the_command_line(kind, needs, tmp_path):
+    needs("onnx")
+    bundle = getattr(llama_bundles, kind)(tmp_path / "b")
+    asked = ("--bundle", bundle, "--allow-unsigned", "--json")
+    for words in (("caption", SCENE), ("ask", SCENE, "how many boats?")):
+        first, again = (run(*words, *asked) for _ in range(2))
+        assert first.exception is None, first.exception
+        said = [json.loads(done.stdout)[ANSWERS[words[0]]] for done in (first, again)]
+        assert said[0] and said[0] == said[1]
+
+
+@pytest.mark.parametrize("kind", ["alone", "hybrid"])
+def test_memory_stays_in_the_plan(kind, needs, tmp_path):
+    """Caches are larger than all else here: of one image in the sessions, and of each more that runs beside it."""
+    needs("onnx")
+    bundle = getattr(llama_bundles, kind)(tmp_path / "b", context_tokens=1 << 16)
+    measure = [sys.executable, "-m", "edge_rsvlm.export.proof.measure_memory", str(bundle), "caption"]
+    memory = json.loads(subprocess.run(measure, capture_output=True, text=True, check=True).stdout)
+    cache_bytes = (1 << 16) * tiny_gguf.CACHE_BYTES_PER_TOKEN
+    assert cache_bytes < memory["session_bytes"] < 3 * cache_bytes
+    if kind == "hybrid":
+        assert cache_bytes / 2 < memory["tile_bytes"] < 2 * cache_bytes
+    fields = json.loads((bundle / "manifest.json").read_text())
+    task = fields["tasks"]["caption"]
+    task |= {"memory": memory, "input": task["input"] | {"whole_px": 0}}
+    llama_bundles.hashed(bundle, tasks=fields["tasks"])
+    Image.fromarray(picture(8 * task["input"]["tile_px"])).save(tmp_path / "scene.png")
+    watched = [sys.executable, "-c", WATCHED, str(bundle), str(tmp_path / "scene.png")]
+    done = subprocess.run(watched, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    batch, planned, peak, captions = map(int, done.stdout.split())
+    assert batch > 1 and captions == 64 and peak <= planned < 3 * peak
+
+
+WATCHED = """
+import sys, threading, time
+from pathlib import Path
+from edge_rsvlm.budget import process_bytes
+from edge_rsvlm.bundle import load_bundle
+from edge_rsvlm.pipeline.session import Limits, Session
+
+session = Session(load_bundle(Path(sys.argv[1]), allow_unsigned=True), Limits(memory_bytes=1 << 30))
+plans, admit, peak = [], session.admit, 0
+session.admit = lambda needs: plans.append(admit(needs)) or plans[-1]
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, process_bytes())
+        time.sleep(0.001)
+
+threading.Thread(target=watch, daemon=True).start()
+captions = []
+session.caption(sys.argv[2], lambda record, _: captions.append(record))
+print(plans[0].batch, plans[0].total_bytes, peak, len(captions))
+"""
+
+
+def off_by_name(name: str, found: str | None):
+    def version(asked: str) -> str:
+        if asked == name and found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found if asked == name else metadata.version(asked)
+
+    return version
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "which runs GGUF models, is not installed"),
+        ("0.2.90", "llama-cpp-python 0.2.90 is installed, and 0.3.36"),
+    ],
+)
+def test_a_missing_or_another_library_is_told(found, message, monkeypatch):
+    from edge_rsvlm.engines import llama_library
+
+    original = metadata.version
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata, "version", off_by_name("llama-cpp-python", found))
+        with pytest.raises(UsageError, match=message) as caught:
+            importlib.reload(llama_library)
+    assert "pip install 'edge-rsvlm[gguf]'" in caught.value.fix and metadata.version is original

@@ -16,7 +16,7 @@ from edge_rsvlm.bundle.signing import sign_bundle
 from edge_rsvlm.engines.fake import FakeSession
 from edge_rsvlm.errors import BundleError, EdgeRsvlmError
 from edge_rsvlm.verify import cpu_graph, difference, verify
-from tests import tiny_bundle
+from tests import llama_bundles, tiny_bundle
 from tests.tiny_bundle import GOLDEN, WEIGHTS, model, npz, tensor
 
 ALLOWED = Rules(allow_unsigned=True)
@@ -207,3 +207,54 @@ def test_difference():
         ([2**60], [2**60 + 2**30], 2**-30),
     ]:
         assert difference(np.array(actual), np.array(expected)) == pytest.approx(wanted, abs=1e-12), (actual, expected)
+
+
+@pytest.fixture(params=["alone", "hybrid"])
+def by_llama(request, tmp_path, needs):
+    """A bundle whose words llama.cpp writes."""
+    for name in ("llama_cpp", "gguf", "onnx"):
+        needs(name)
+    return getattr(llama_bundles, request.param)(tmp_path / "b")
+
+
+def test_what_llama_does_is_replayed(run, by_llama):
+    code, out, _ = run("--bundle", by_llama, "--allow-unsigned")
+    assert code == 0 and "ok  task ask: logits: 0.00e+00" in out
+
+
+def test_another_language_model_is_detected(run, by_llama):
+    llama_bundles.write_model(by_llama, 400, seed=9)
+    assert kinds(verify(by_llama, ALLOWED)) == [("hash", llama_bundles.MODEL)]
+    code, out, _ = run("--bundle", llama_bundles.hashed(by_llama), "--allow-unsigned")
+    assert code == 5 and "'task ask' gives another 'logits' here" in out
+
+
+def test_another_projector_is_detected(tmp_path, needs):
+    needs("llama_cpp")
+    needs("gguf")
+    folder = llama_bundles.alone(tmp_path / "b")
+    llama_bundles.tiny_gguf.write_projector(folder / llama_bundles.PROJECTOR, seed=7)
+    (problem,) = verify(llama_bundles.hashed(folder), ALLOWED).problems
+    assert problem.kind == "probe" and "'task ask' gives another 'logits'" in str(problem)
+
+
+def test_probes_of_llama_that_cannot_be_replayed(by_llama):
+    with np.load(by_llama / llama_bundles.PROBE) as stored:
+        arrays = {name: stored[name] for name in stored.files if name != "in.answer"}
+    (by_llama / llama_bundles.PROBE).write_bytes(npz(**arrays))
+    (problem,) = verify(llama_bundles.hashed(by_llama), ALLOWED).problems
+    assert problem.kind == "probe" and "lacks the array in.answer" in str(problem)
+
+
+def test_a_model_of_llama_that_is_broken(by_llama):
+    path = by_llama / llama_bundles.MODEL
+    path.write_bytes(path.read_bytes()[:-500])
+    (problem,) = verify(llama_bundles.hashed(by_llama), ALLOWED).problems
+    assert problem.kind == "probe" and "cannot load model.gguf" in str(problem)
+
+
+def test_a_probe_of_a_task_that_llama_does_not_do(tmp_path):
+    case = {"task": "ask", "file": "probe.npz", "tolerance": 0.1}
+    golden = npz(**{"in.answer": np.array([1]), "out.logits": GOLDEN})
+    report = verify(tiny_bundle.write(tmp_path / "b", tiny_bundle.files(probe_npz=golden), probe=[case]), ALLOWED)
+    assert "which llama.cpp does not do" in str(report.problems[0])

@@ -42,6 +42,8 @@ class Eye:
 
 
 TINY, EYE = Text(), Eye()
+CACHE_BYTES_PER_TOKEN = 2 * 2 * TINY.layers * TINY.kv_heads * TINY.head
+"""Keys and values, in half precision."""
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>",
     "<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)), "<|box_start|>", "<|box_end|>",

@@ -1,64 +1,22 @@
 """Language models in GGUF files, run by llama.cpp: weights mapped from the file, key-value caches in f16.
 
 Letters: N images, M rows that go on, S tokens of a prompt, T visual tokens, D model width, V vocabulary, P positions
-per token (1, or 4 of mrope), K sequences that one token belongs to.
+per token (1, or 4 of mrope), G groups of K sequences that read the same.
 """
 
 from __future__ import annotations
 
-import ctypes
-import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.engines.llama_library import VERSION, C, reason, repacks_safely
-from edge_rsvlm.errors import BudgetError, BundleError, UsageError
+from edge_rsvlm.engines.llama_context import EXPORT_AGAIN, Batch, Context, Ints, LlamaModel
+from edge_rsvlm.engines.llama_library import C
+from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.types import Advance, Prompt
-
-READ_AT_ONCE = 256
-"""Tokens per pass. Twice as many were no faster on a CPU, and take twice the memory."""
-_MROPE = (C.LLAMA_ROPE_TYPE_MROPE, C.LLAMA_ROPE_TYPE_IMROPE)
-EXPORT_AGAIN = "export the bundle again"
-
-Ints = NDArray[np.int32]
-
-
-class LlamaModel:
-    """The weights and the vocabulary of one GGUF file. BundleError when llama.cpp cannot load it."""
-
-    def __init__(self, file: Path) -> None:
-        params = C.llama_model_default_params()
-        params.load_mode = C.LLAMA_LOAD_MODE_MMAP
-        params.n_gpu_layers = 0
-        params.use_extra_bufts = repacks_safely()
-        self.name = file.name
-        self.pointer = C.llama_model_load_from_file(str(file).encode(), params)
-        if not self.pointer:
-            raise BundleError(f"llama.cpp {VERSION} cannot load {file.name}: {reason()}", fix=EXPORT_AGAIN)
-        self.vocabulary = C.llama_model_get_vocab(self.pointer)
-        self.words: int = C.llama_vocab_n_tokens(self.vocabulary)
-        self.width: int = C.llama_model_n_embd_inp(self.pointer)
-        self.mrope: bool = C.llama_model_rope_type(self.pointer) in _MROPE
-        weakref.finalize(self, C.llama_model_free, self.pointer)
-
-    @property
-    def specials(self) -> dict[str, str]:
-        """Tokens that chat templates write by name; empty where the vocabulary has none."""
-        found = {"bos_token": C.llama_vocab_bos(self.vocabulary), "eos_token": C.llama_vocab_eos(self.vocabulary)}
-        return {
-            name: "" if token < 0 else C.llama_vocab_get_text(self.vocabulary, token).decode("utf-8", "replace")
-            for name, token in found.items()
-        }
-
-    @property
-    def adds_bos(self) -> bool:
-        """Whether the first of them comes before every text."""
-        return bool(C.llama_vocab_get_add_bos(self.vocabulary))
 
 
 class LlamaLanguage:
@@ -71,15 +29,19 @@ class LlamaLanguage:
     def __init__(self, model: Path, context_tokens: int, threads: int, beams: int = 1) -> None:
         self.model, self.context_tokens, self.threads = LlamaModel(model), context_tokens, threads
         self._beams = beams
-        self._context = _Context(self.model, context_tokens, beams, threads)
+        self._context = Context(self.model, context_tokens, beams, threads)
 
     def start(self, prompt: Prompt, *, images_see_ahead: bool = False) -> tuple[NDArray[np.float32], Advance]:
         """See LanguageModel. Tokens of an image see those after them where ``images_see_ahead``."""
         self._check(prompt)
-        rows = len(prompt.visual_NTD) * self._beams
-        if rows > self._context.rows:
+        rows = max(len(prompt.visual_NTD) * self._beams, self._context.rows)
+        # What sees ahead is read in one pass.
+        together = prompt.visual_NTD.shape[1] if images_see_ahead else 0
+        at_once = max(together, self._context.at_once)
+        if (rows, at_once) != (self._context.rows, self._context.at_once):
             self._context.free()
-            self._context = _Context(self.model, self.context_tokens, rows, self.threads)
+            self._context.rows = 0  # should there be no memory for another
+            self._context = Context(self.model, self.context_tokens, rows, self.threads, at_once)
         reading = _Reading(self._context, len(prompt.visual_NTD), images_see_ahead)
         return reading.read(prompt), reading.go_on
 
@@ -97,75 +59,16 @@ class LlamaLanguage:
             raise BundleError(f"{self.model.name} has fewer words than the tokenizer", fix=EXPORT_AGAIN)
 
 
-class _Context:
-    """Caches for ``rows`` sequences, and the buffers of one pass."""
-
-    def __init__(self, model: LlamaModel, context_tokens: int, rows: int, threads: int) -> None:
-        params = C.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = context_tokens * rows, rows
-        params.n_batch = params.n_ubatch = max(READ_AT_ONCE, rows)
-        params.n_outputs_max = rows  # logits of every token of a pass would be larger than the caches
-        params.n_threads = params.n_threads_batch = threads
-        params.kv_unified = True
-        self.model, self.rows, self.length, self.at_once = model, rows, context_tokens, params.n_batch
-        self.pointer = C.llama_init_from_model(model.pointer, params)
-        if not self.pointer:
-            raise BudgetError(
-                f"{model.name} found no memory for {rows} x {context_tokens} tokens: {reason()}", fix="free some memory"
-            )
-        self.memory = C.llama_get_memory(self.pointer)
-        self.free = weakref.finalize(self, C.llama_free, self.pointer)
-
-    def run(self, batch: _Batch) -> NDArray[np.float32]:
-        """One pass: logits [wanted, V]."""
-        failed = C.llama_decode(self.pointer, batch.native)
-        if failed:
-            raise BundleError(f"{self.model.name} failed ({failed}): {reason()}", fix="run `edge-rsvlm verify`")
-        logits = np.empty((batch.wanted, self.model.words), np.float32)
-        if batch.wanted:
-            ctypes.memmove(logits.ctypes.data, C.llama_get_logits(self.pointer), logits.nbytes)
-            if np.isnan(logits).any():
-                raise BundleError(f"{self.model.name} computes no numbers (NaN)", fix=EXPORT_AGAIN)
-        return logits
-
-
-class _Batch:
-    """What one pass reads: arrays of ours, to which the structure of llama.cpp points.
-
-    Either ``tokens_C`` or ``embeds_CD``; ``positions_PC``; the ``sequences_CK`` of each token; and of which tokens
-    the logits are ``wanted_C``.
-    """
-
-    def __init__(
-        self, positions_PC: Ints, sequences_CK: Ints, wanted_C: NDArray[np.int8], *,
-        tokens_C: Ints | None = None, embeds_CD: NDArray[np.float32] | None = None,
-    ) -> None:  # fmt: skip
-        count, shared = sequences_CK.shape
-        self.tokens_C, self.positions_PC, self.wanted = tokens_C, positions_PC, int(wanted_C.sum())
-        each_C = np.full(count, shared, np.int32)
-        lists_C = (sequences_CK.ctypes.data + np.arange(count) * sequences_CK.strides[0]).astype(np.uintp)
-        self._kept = (positions_PC, sequences_CK, wanted_C, tokens_C, embeds_CD, each_C, lists_C)
-        types: dict[str, Any] = dict(C.llama_batch._fields_)
-
-        def pointer(name: str, array: NDArray[Any] | None) -> Any:
-            assert array is None or array.flags.c_contiguous
-            return types[name]() if array is None else ctypes.cast(array.ctypes.data, types[name])
-
-        self.native = C.llama_batch(
-            count, pointer("token", tokens_C), pointer("embd", embeds_CD), pointer("pos", positions_PC),
-            pointer("n_seq_id", each_C), pointer("seq_id", lists_C), pointer("logits", wanted_C),
-        )  # fmt: skip
-
-
 class _Reading:
     """Sequences being read, one per row; ``_sequence_N`` is the number that llama.cpp knows each by."""
 
-    def __init__(self, context: _Context, count: int, images_see_ahead: bool) -> None:
+    def __init__(self, context: Context, count: int, images_see_ahead: bool) -> None:
         C.llama_memory_clear(context.memory, False)
         self._context, self._images_see_ahead = context, images_see_ahead
         self._sequence_N: Ints = np.arange(count, dtype=np.int32)
+        self._rows = np.arange(count).tobytes()
         self._length, self._next_position = 0, 0
-        self._step: _Batch | None = None
+        self._step: Batch | None = None
 
     def read(self, prompt: Prompt) -> NDArray[np.float32]:
         """Logits [N, V] after the prompt. What stands before the image is read once for all rows."""
@@ -194,7 +97,8 @@ class _Reading:
         if self._images_see_ahead:
             C.llama_set_causal_attn(self._context.pointer, False)
         try:
-            return self._passes(positions_PT, self._sequence_N[:, None], last, embeds=embeds)
+            at_once = count if self._images_see_ahead else self._context.at_once
+            return self._passes(positions_PT, self._sequence_N[:, None], last, at_once, embeds=embeds)
         finally:
             if self._images_see_ahead:
                 C.llama_set_causal_attn(self._context.pointer, True)
@@ -203,22 +107,23 @@ class _Reading:
         # One position is enough for a word: llama.cpp repeats it for every axis of mrope.
         positions_1T = positions.reshape(-1, len(ids_T))[:1]
         groups = self._sequence_N[None] if shared else self._sequence_N[:, None]
-        return self._passes(positions_1T, groups, last, tokens=np.tile(ids_T, len(groups)))
+        tokens = np.tile(ids_T, len(groups))
+        return self._passes(positions_1T, groups, last, self._context.at_once, tokens=tokens)
 
     def _passes(
-        self, positions_PT: Ints, groups_GK: Ints, last: bool, *,
+        self, positions_PT: Ints, groups_GK: Ints, last: bool, at_once: int, *,
         tokens: Ints | None = None, embeds: NDArray[np.float32] | None = None,
     ) -> list[NDArray[np.float32]]:  # fmt: skip
-        """T tokens of every group of sequences, in as many passes as it takes; the logits of each group's last."""
+        """T tokens of every group of sequences, ``at_once`` per pass; the logits of each group's last."""
         groups, count = len(groups_GK), positions_PT.shape[1]
         positions = np.tile(positions_PT, groups)
         sequences = np.repeat(groups_GK, count, axis=0)
         wanted = np.zeros((groups, count), np.int8)
         wanted[:, -1] = last
         found = []
-        for begin in range(0, groups * count, self._context.at_once):
-            part = slice(begin, begin + self._context.at_once)
-            batch = _Batch(
+        for begin in range(0, groups * count, at_once):
+            part = slice(begin, begin + at_once)
+            batch = Batch(
                 np.ascontiguousarray(positions[:, part]), sequences[part], wanted.ravel()[part],
                 tokens_C=None if tokens is None else tokens[part],
                 embeds_CD=None if embeds is None else embeds[part],
@@ -236,7 +141,7 @@ class _Reading:
         self._follow(rows_M)
         if self._step is None:
             count = len(rows_M)
-            self._step = _Batch(
+            self._step = Batch(
                 np.zeros((1, count), np.int32), self._sequence_N[:, None].copy(), np.ones(count, np.int8),
                 tokens_C=np.zeros(count, np.int32),
             )  # fmt: skip
@@ -249,7 +154,7 @@ class _Reading:
 
     def _follow(self, rows_M: NDArray[np.int64]) -> None:
         """Makes ``rows_M`` the rows: a sequence that goes on twice is shared, one that does not is forgotten."""
-        if np.array_equal(rows_M, np.arange(len(self._sequence_N))):
+        if rows_M.tobytes() == self._rows:
             return
         if len(rows_M) > self._context.rows:
             raise BundleError(f"{len(rows_M)} beams for {self._context.rows} caches", fix=EXPORT_AGAIN)
@@ -267,6 +172,7 @@ class _Reading:
             taken.add(target)
             following.append(target)
         self._sequence_N = np.array(following, np.int32)
+        self._rows = np.arange(len(following)).tobytes()
         self._step = None
 
 

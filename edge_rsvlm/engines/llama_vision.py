@@ -20,7 +20,8 @@ import numpy as np
 from llama_cpp import mtmd_cpp as M
 from numpy.typing import NDArray
 
-from edge_rsvlm.engines.llama import EXPORT_AGAIN, LlamaLanguage
+from edge_rsvlm.engines.llama import LlamaLanguage
+from edge_rsvlm.engines.llama_context import EXPORT_AGAIN
 from edge_rsvlm.engines.llama_library import VERSION, C, listen, reason
 from edge_rsvlm.errors import BundleError, InputError, UsageError
 from edge_rsvlm.types import Advance, Prompt

@@ -104,15 +104,16 @@ def _draw(logits_V: Logits, sampling: Sampling, level: float) -> int:
 def _token_by_token(
     logits_NV: Logits, advance: Advance, stop: Stop, choose: Callable[[Logits], Tokens]
 ) -> list[Tokens]:
-    count = len(logits_NV)
-    done_N, chosen = np.zeros(count, bool), []
+    rows_N = np.arange(len(logits_NV))
+    done_N, chosen = np.zeros(len(rows_N), bool), []
+    ends = np.array(stop.eos_ids)[:, None]
     while True:
         token_N = np.where(done_N, stop.eos_ids[0], choose(logits_NV))
         chosen.append(token_N)
-        done_N |= np.isin(token_N, stop.eos_ids)
+        done_N |= (token_N == ends).any(axis=0)  # np.isin takes as long as a token of a small model
         if done_N.all() or len(chosen) == stop.max_tokens:
             return list(np.stack(chosen, axis=1))
-        logits_NV = advance(token_N, np.arange(count))
+        logits_NV = advance(token_N, rows_N)
 
 
 def beam_search(logits_NV: Logits, advance: Advance, stop: Stop, *, beams: int, length_penalty: float) -> list[Tokens]:

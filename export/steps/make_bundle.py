@@ -27,6 +27,10 @@ MEASURED_BYTES = 1 << 30
 """Larger sessions keep their estimate: an export shall not need the memory of its model."""
 FLOAT_TOLERANCE, INTEGER_TOLERANCE = 5e-3, 5e-2
 """The same graph on another processor: sums in another order, and some activations in 8 bits rounded otherwise."""
+LLAMA_TOLERANCE = 0.1
+"""llama.cpp has other kernels for every processor, and they round activations to 8 bits in blocks of their own. Between
+builds for SSE, AVX2 and AVX-512, logits moved by 0.3 % with the packaged decoder (Q4_0, Q8_0), and by 6 % with 24
+layers of random weights (Q4_K_M), where little keeps words apart; the number of threads changed none."""
 
 
 def make_bundle(
@@ -71,7 +75,7 @@ def _probe(path: Path, folder: Path, graphs: Mapping[str, Any]) -> dict[str, Any
     shutil.copyfile(path, folder / PROBE_FOLDER / path.name)
     if path.stem.startswith(TASK_PREFIX):
         verb = path.stem.removeprefix(TASK_PREFIX)
-        return {"task": verb, "file": f"{PROBE_FOLDER}/{path.name}", "tolerance": INTEGER_TOLERANCE}
+        return {"task": verb, "file": f"{PROBE_FOLDER}/{path.name}", "tolerance": LLAMA_TOLERANCE}
     graph, _, adapter = path.stem.partition(BY_ADAPTER)
     tolerance = INTEGER_TOLERANCE if graphs[graph]["precision"].startswith("int") else FLOAT_TOLERANCE
     found = {"graph": graph, "file": f"{PROBE_FOLDER}/{path.name}", "tolerance": tolerance}

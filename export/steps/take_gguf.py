@@ -30,7 +30,7 @@ from edge_rsvlm.export.steps.parity import PROBES
 from edge_rsvlm.pipeline.shapes import prepared_shape
 
 if TYPE_CHECKING:
-    from edge_rsvlm.engines.llama import LlamaModel
+    from edge_rsvlm.engines.llama_context import LlamaModel
     from edge_rsvlm.engines.llama_vision import LlamaVision
 
 UNTOUCHED: dict[str, Any] = {
