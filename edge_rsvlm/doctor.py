@@ -10,7 +10,7 @@ from typing import Any
 
 from edge_rsvlm import __version__, profiles
 from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.config.manifest import GenerateTask, GgufDecoder, GgufTask, Manifest
+from edge_rsvlm.config.manifest import Manifest
 from edge_rsvlm.errors import UsageError
 
 NEVER_RUN = "no engine has run on a GPU where this was made: check yours with benchmarks/device_check.py"
@@ -113,11 +113,9 @@ def _bundle(bundle: Bundle, engines: dict[str, Any]) -> dict[str, Any]:
 
 def _by_llama(manifest: Manifest) -> list[str]:
     """Tasks of which llama.cpp does something."""
-    return [
-        verb
-        for verb, task in manifest.tasks
-        if isinstance(task, GgufTask) or (isinstance(task, GenerateTask) and isinstance(task.decoder, GgufDecoder))
-    ]
+    from edge_rsvlm.pipeline.runtime import by_llama
+
+    return [verb for verb, task in manifest.tasks if by_llama(task)]
 
 
 def _advice(manifest: Manifest, device: str, engines: dict[str, Any]) -> str:

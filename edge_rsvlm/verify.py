@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from edge_rsvlm.bundle import Bundle, Rules, candidate
 from edge_rsvlm.bundle.contents import COPY_AGAIN, Problem
 from edge_rsvlm.bundle.zips import ZIP_ERRORS, open_zip
-from edge_rsvlm.config.manifest import GenerateTask, GgufDecoder, GgufTask, Manifest, ProbeCase
+from edge_rsvlm.config.manifest import GenerateTask, GgufTask, Manifest, ProbeCase
 from edge_rsvlm.errors import BudgetError, BundleError
 from edge_rsvlm.pipeline.adapters import read_adapter
-from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, task_of
+from edge_rsvlm.pipeline.runtime import Runtime, by_llama, cpu_engine, task_of
 from edge_rsvlm.tasks.gguf import GgufGenerator
+from edge_rsvlm.tasks.search import follow
 from edge_rsvlm.types import InferenceSession, Prompt
 
 MOST_PROBE_BYTES = 1 << 30
@@ -134,12 +135,11 @@ def answer_logits(bundle: Bundle, verb: str, inputs: Arrays) -> NDArray[np.float
         generator = runtime.generator(verb, task)
         assert isinstance(generator, GgufGenerator)
         return generator.follow_pixels(inputs["image"], str(inputs["text"]), answer_A)
-    if not isinstance(task, GenerateTask) or not isinstance(task.decoder, GgufDecoder):
+    if not isinstance(task, GenerateTask) or not by_llama(task):
         raise BundleError(f"a golden probe of {verb}, which llama.cpp does not do", fix=COPY_AGAIN)
     prompt = Prompt(inputs["ids"], inputs["visual"].astype(bool), inputs["features"], inputs["positions"])
     logits_1V, advance = runtime.language(task).start(prompt)
-    row = np.zeros(1, np.int64)
-    return np.concatenate([logits_1V, *(advance(answer_A[t : t + 1], row) for t in range(len(answer_A) - 1))])
+    return follow(logits_1V, advance, answer_A)
 
 
 def difference(actual: NDArray[Any], expected: NDArray[Any]) -> float:

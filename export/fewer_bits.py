@@ -63,8 +63,6 @@ class FewerBits:
         before = _bundle(compiled)
         if self.recipe.goal is not None:
             return self._searched(compiled, proven, before)
-        if self.language is not None:
-            self.language.check()
         precisions = chosen_precisions(self.recipe, before.manifest, before.folder)
         wanted = set(CALIBRATED) & set(precisions.values()) or (self.language and self.recipe.calibration)
         calibrated = self._calibrated(compiled, before) if wanted else None

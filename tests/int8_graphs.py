@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import torch
 from onnx import TensorProto, helper
 from torch import nn
@@ -20,8 +21,10 @@ from edge_rsvlm.export.checkpoint.reading import MemoryTensor
 from edge_rsvlm.export.families.base import GraphInput, GraphPlan
 from edge_rsvlm.export.graphs.external_data import write
 from edge_rsvlm.export.graphs.tracing import Traced, Weight, trace
+from edge_rsvlm.export.quantize.loaded import array_of, load_wide
 
 OPSET = 20
+LEVEL = onnxruntime.GraphOptimizationLevel
 SIDE_PX = 32
 CONVOLUTIONS = {
     "stem": (16, 3, 3, 3), "widen": (96, 16, 1, 1), "depthwise": (96, 1, 3, 3), "narrow": (16, 96, 1, 1),
@@ -116,3 +119,63 @@ class TracedTower:
     def store(self, path: Path, precision: str) -> Path:
         write(self._traced, {name: MemoryTensor(tensor) for name, tensor in self.weights.items()}, path, precision)
         return path
+
+
+def tiles(count: int, side_px: int = SIDE_PX, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return [{"tiles": rng.normal(size=(1, 3, side_px, side_px)).astype(np.float32)} for _ in range(count)]
+
+
+def run(path, calls, level=LEVEL.ORT_ENABLE_ALL):
+    """Outputs by name, calls stacked."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level, options.intra_op_num_threads, options.log_severity_level = level, 1, 3
+    given = path if isinstance(path, bytes) else str(path)
+    session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    found = [session.run(names, call) for call in calls]
+    return {name: np.concatenate([outputs[k] for outputs in found]) for k, name in enumerate(names)}
+
+
+def loss(found, wanted) -> float:
+    """Greatest relative error (Frobenius norm) of an output."""
+    return max(float(np.linalg.norm(found[n] - wanted[n]) / np.linalg.norm(wanted[n])) for n in wanted)
+
+
+def optimized(path, folder):
+    """Operators that onnxruntime runs, counted."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimized.onnx"), 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [node.op_type for node in onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node]
+    return {name: names.count(name) for name in names}
+
+
+def int8_weights(path):
+    """Arrays by name, of matrices and kernels alone."""
+    stored = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    return {n: array_of(t) for n, t in stored.items() if t.data_type == TensorProto.INT8 and len(t.dims) > 1}
+
+
+def chain(relu: bool, seed: int = 0):
+    """Three convolutions, the middle one depthwise, whose channels differ a hundredfold; and a last one."""
+    rng = np.random.default_rng(seed)
+    sizes = {"a": (16, 3, 3, 3), "b": (16, 1, 3, 3), "c": (8, 16, 1, 1), "d": (1, 8, 1, 1)}
+    tensors = {f"{n}.w": rng.normal(scale=0.3, size=size).astype(np.float32) for n, size in sizes.items()}
+    tensors |= {f"{n}.b": rng.normal(size=size[0]).astype(np.float32) for n, size in sizes.items()}
+    tensors["a.w"] *= np.logspace(-1, 1, 16, dtype=np.float32)[:, None, None, None]
+    tensors |= {"zero": np.float32(0), "six": np.float32(6)}
+    nodes = [helper.make_node("Conv", ["tiles", "a.w", "a.b"], ["ay"], name="a")]
+    for name, given, group in (("b", "ay", 16), ("c", "by", 1)):
+        bounds = [] if relu else ["zero", "six"]
+        nodes.append(helper.make_node("Relu" if relu else "Clip", [given, *bounds], [f"{name}x"], name=f"{name}x"))
+        nodes.append(
+            helper.make_node("Conv", [f"{name}x", f"{name}.w", f"{name}.b"], [f"{name}y"], name=name, group=group)
+        )
+    nodes.append(helper.make_node("Conv", ["cy", "d.w", "d.b"], ["dy"], name="d"))
+    return model(nodes, tensors, {"tiles": [1, 3, "h", "w"]}, {"dy": [1, 1, "h1", "w1"]})
+
+
+def opened(made, path):
+    onnx.save(made, path)
+    return load_wide(path)

@@ -13,9 +13,7 @@ torch = pytest.importorskip("torch", reason="needs torch: not installed")
 pytest.importorskip("transformers", reason="needs transformers: not installed")
 onnx = pytest.importorskip("onnx", reason="needs onnx: not installed")
 
-import onnxruntime  # noqa: E402
 from onnx import TensorProto, helper  # noqa: E402
-from PIL import Image  # noqa: E402
 
 import edge_rsvlm  # noqa: E402
 from edge_rsvlm.bundle import load_bundle  # noqa: E402
@@ -23,61 +21,31 @@ from edge_rsvlm.export.quantize.calibration import record  # noqa: E402
 from edge_rsvlm.export.quantize.choose import int8_kind  # noqa: E402
 from edge_rsvlm.export.quantize.chosen import choose_nodes  # noqa: E402
 from edge_rsvlm.export.quantize.dynamic import quantize_dynamic  # noqa: E402
-from edge_rsvlm.export.quantize.equalise import equalise  # noqa: E402
-from edge_rsvlm.export.quantize.likeness import likeness, resolution_warning  # noqa: E402
-from edge_rsvlm.export.quantize.loaded import array_of, constants, load_wide, readers  # noqa: E402
-from edge_rsvlm.export.quantize.ranges import each_run, find_ranges  # noqa: E402
-from edge_rsvlm.export.quantize.rounding import round_convolutions  # noqa: E402
+from edge_rsvlm.export.quantize.loaded import array_of, load_wide  # noqa: E402
 from edge_rsvlm.export.quantize.settings import CalibrationImages, Int8  # noqa: E402
-from edge_rsvlm.export.quantize.smooth import smooth  # noqa: E402
 from edge_rsvlm.export.quantize.static import quantize_static  # noqa: E402
 from edge_rsvlm.export.quantize.typed import half_precision  # noqa: E402
-from edge_rsvlm.pipeline.session import Limits, Session  # noqa: E402
-from edge_rsvlm.raster.inputs import list_inputs  # noqa: E402
-from tests import fakes  # noqa: E402
-from tests.int8_graphs import CONVOLUTIONS, OPSET, SIDE_PX, TracedTower, conv_net, model, store  # noqa: E402
+from tests.int8_graphs import (  # noqa: E402  # noqa: E402
+    CONVOLUTIONS,
+    LEVEL,
+    OPSET,
+    TracedTower,
+    chain,
+    conv_net,
+    int8_weights,
+    loss,
+    model,
+    opened,
+    optimized,
+    run,
+    store,
+    tiles,
+)
 
 SLOW = os.environ.get("EDGE_RSVLM_SLOW") == "1"
 SCENES = Path(edge_rsvlm.__file__).parent / "scenes"
 PRECISIONS = ("f32", "f16")
 MINMAX = Int8(ranges="minmax")
-LEVEL = onnxruntime.GraphOptimizationLevel
-
-
-def tiles(count: int, side_px: int = SIDE_PX, seed: int = 0):
-    rng = np.random.default_rng(seed)
-    return [{"tiles": rng.normal(size=(1, 3, side_px, side_px)).astype(np.float32)} for _ in range(count)]
-
-
-def run(path, calls, level=LEVEL.ORT_ENABLE_ALL):
-    """Outputs by name, calls stacked."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level, options.intra_op_num_threads, options.log_severity_level = level, 1, 3
-    given = path if isinstance(path, bytes) else str(path)
-    session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    found = [session.run(names, call) for call in calls]
-    return {name: np.concatenate([outputs[k] for outputs in found]) for k, name in enumerate(names)}
-
-
-def loss(found, wanted) -> float:
-    """Greatest relative error (Frobenius norm) of an output."""
-    return max(float(np.linalg.norm(found[n] - wanted[n]) / np.linalg.norm(wanted[n])) for n in wanted)
-
-
-def optimized(path, folder):
-    """Operators that onnxruntime runs, counted."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimized.onnx"), 3
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [node.op_type for node in onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node]
-    return {name: names.count(name) for name in names}
-
-
-def int8_weights(path):
-    """Arrays by name, of matrices and kernels alone."""
-    stored = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
-    return {n: array_of(t) for n, t in stored.items() if t.data_type == TensorProto.INT8 and len(t.dims) > 1}
 
 
 @pytest.fixture(scope="module")
@@ -201,150 +169,6 @@ def test_the_last_convolution_stays_in_floating_point(tmp_path):
     assert "last" in [node.name for node in choose_nodes(net, ()).layers]  # scores are computed from it
 
 
-def found_range(values, settings):
-    """Of x, given in several calls."""
-    made = model([helper.make_node("Relu", ["x"], ["y"], name="relu")], {}, {"x": ["n"]}, {"y": ["n"]})
-    found = find_ranges(made, ("x", "y"), [{"x": v.astype(np.float32)} for v in values], settings)
-    return {name: tuple(float(np.ravel(v)[0]) for v in data.range_value) for name, data in found.items()}
-
-
-def test_ranges_of_known_numbers():
-    narrow, wide = np.linspace(-1, 1, 20001), np.linspace(-2, 2, 20001)
-    assert found_range([narrow, wide, narrow], MINMAX) == {"x": (-2, 2), "y": (0, 2)}
-    # 5 % lie beyond on either side: half of the numbers are within [-1, 1], the others even over [-2, 2].
-    low, high = found_range([narrow, wide], Int8(percentile=90))["x"]
-    assert (low, high) == pytest.approx((-1.6, 1.6), abs=0.01)
-    assert found_range([narrow], Int8(percentile=100))["x"] == pytest.approx((-1, 1), abs=1e-3)
-    # One number far from the rest: of 2048 bins from -400 to 400 at least 128 are kept, and not many more than those.
-    outlier = np.append(np.random.default_rng(0).normal(size=100_000), 400)
-    low, high = found_range([outlier], Int8(ranges="entropy"))["x"]
-    assert 25 <= high < 60 and low == pytest.approx(outlier.min())
-    assert found_range([outlier], MINMAX)["x"][1] == 400
-
-
-def chain(relu: bool, seed: int = 0):
-    """Three convolutions, the middle one depthwise, whose channels differ a hundredfold; and a last one."""
-    rng = np.random.default_rng(seed)
-    sizes = {"a": (16, 3, 3, 3), "b": (16, 1, 3, 3), "c": (8, 16, 1, 1), "d": (1, 8, 1, 1)}
-    tensors = {f"{n}.w": rng.normal(scale=0.3, size=size).astype(np.float32) for n, size in sizes.items()}
-    tensors |= {f"{n}.b": rng.normal(size=size[0]).astype(np.float32) for n, size in sizes.items()}
-    tensors["a.w"] *= np.logspace(-1, 1, 16, dtype=np.float32)[:, None, None, None]
-    tensors |= {"zero": np.float32(0), "six": np.float32(6)}
-    nodes = [helper.make_node("Conv", ["tiles", "a.w", "a.b"], ["ay"], name="a")]
-    for name, given, group in (("b", "ay", 16), ("c", "by", 1)):
-        bounds = [] if relu else ["zero", "six"]
-        nodes.append(helper.make_node("Relu" if relu else "Clip", [given, *bounds], [f"{name}x"], name=f"{name}x"))
-        nodes.append(
-            helper.make_node("Conv", [f"{name}x", f"{name}.w", f"{name}.b"], [f"{name}y"], name=name, group=group)
-        )
-    nodes.append(helper.make_node("Conv", ["cy", "d.w", "d.b"], ["dy"], name="d"))
-    return model(nodes, tensors, {"tiles": [1, 3, "h", "w"]}, {"dy": [1, 1, "h1", "w1"]})
-
-
-def opened(made, path):
-    onnx.save(made, path)
-    return load_wide(path)
-
-
-def test_equalisation_changes_ranges_and_no_result(tmp_path):
-    made, calls = opened(chain(relu=True), tmp_path / "chain.onnx"), tiles(4)
-
-    def channels(name):
-        return np.max([np.abs(values[name]).max(axis=(0, 2, 3)) for values in each_run(made, [name], calls)], axis=0)
-
-    before, most = run(made.SerializeToString(), calls), channels("bx")
-    assert equalise(made, choose_nodes(made, ()).layers, calls) == 2
-    assert loss(run(made.SerializeToString(), calls), before) < 1e-5
-    assert most.max() > 20 * most[most > 0].min()
-    live = channels("bx")[most > 0]
-    assert len(live) > 10 and live.max() == pytest.approx(live.min(), rel=1e-3)
-    bounded = opened(chain(relu=False), tmp_path / "bounded.onnx")
-    assert equalise(bounded, choose_nodes(bounded, ()).layers, calls) == 0
-
-
-def outlying(seed: int = 0):
-    """A norm whose channel 3 is 50 times the rest, before two products; and one such product behind a GELU."""
-    rng = np.random.default_rng(seed)
-    tensors = {n: rng.normal(scale=0.2, size=(32, 32)).astype(np.float32) for n in ("q", "k", "up")}
-    tensors |= {"scale": np.where(np.arange(32) == 3, 50, 1).astype(np.float32), "shift": np.zeros(32, np.float32)}
-    tensors["up"] = tensors["up"].T.copy()
-    tensors["q"][3] /= 50
-    tensors["k"][:, 5] *= 50
-    nodes = [
-        helper.make_node("LayerNormalization", ["x", "scale", "shift"], ["h"], name="norm"),
-        helper.make_node("MatMul", ["h", "q"], ["qy"], name="q"),
-        helper.make_node("MatMul", ["h", "k"], ["ky"], name="k"),
-        helper.make_node("Gelu", ["ky"], ["g"], name="gelu"),
-        helper.make_node("Gemm", ["g", "up"], ["upy"], name="up", transB=1),
-    ]
-    return model(nodes, tensors, {"x": ["n", 32]}, {"qy": ["n", 32], "upy": ["n", 32]})
-
-
-def rows(count, seed=0):
-    return [{"x": np.random.default_rng(seed + k).normal(size=(64, 32)).astype(np.float32)} for k in range(count)]
-
-
-def test_smoothing_changes_no_result_and_less_is_lost(tmp_path):
-    made = opened(outlying(), tmp_path / "g.onnx")
-    before = run(made.SerializeToString(), rows(2))
-    assert smooth(made, choose_nodes(made, ()).layers, rows(4), 0.5) == 2
-    assert loss(run(made.SerializeToString(), rows(2)), before) < 1e-5
-    assert [node.op_type for node in made.graph.node].count("Mul") == 1  # GELU has no scale to fold into
-    lost = []
-    for share in (0.0, 0.5):
-        quantize_static(tmp_path / "g.onnx", rows(8), Int8(ranges="minmax", smooth=share), tmp_path / "q.onnx", None)
-        lost.append(loss(run(tmp_path / "q.onnx", rows(4, seed=50)), run(tmp_path / "g.onnx", rows(4, seed=50))))
-    assert lost[1] < 0.5 * lost[0] and lost[1] < 0.05
-
-
-def smooth_tiles(count: int, seed: int = 0):
-    """Bright, and neighbours alike, as in an image."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.uniform(0.5, 2, size=(count, 3, 8, 8)).astype(np.float32)
-    fine = rng.normal(scale=0.05, size=(count, 3, SIDE_PX, SIDE_PX)).astype(np.float32)
-    return [{"tiles": tile[None]} for tile in np.kron(coarse, np.ones((4, 4), np.float32)) + fine]
-
-
-def test_rounding_keeps_means_and_is_nearer_than_the_nearest(tmp_path):
-    made, calls = opened(chain(relu=True), tmp_path / "chain.onnx"), smooth_tiles(8)
-    nearest, rounded = (opened(chain(relu=True), tmp_path / "chain.onnx") for _ in range(2))
-    scales = round_convolutions(rounded, choose_nodes(rounded, ()).layers, calls)
-    for name, scales_O in scales.items():
-        numbers = array_of(constants(rounded)[name]) / scales_O[:, None, None, None]
-        assert np.abs(numbers - numbers.round()).max() < 1e-3 and np.abs(numbers).max() < 128.5
-        weight = constants(nearest)[name]
-        steps = (array_of(weight) / scales_O[:, None, None, None]).round()
-        weight.CopyFrom(onnx.numpy_helper.from_array(steps * scales_O[:, None, None, None], name))
-    new = smooth_tiles(4, seed=9)
-    wanted, by_nearest, by_us = (run(m.SerializeToString(), new) for m in (made, nearest, rounded))
-    assert loss(by_us, wanted) < 0.7 * loss(by_nearest, wanted)
-    shift = np.abs((by_us["dy"] - wanted["dy"]).mean(axis=(0, 2, 3))).max()
-    assert shift < 0.3 * np.abs((by_nearest["dy"] - wanted["dy"]).mean(axis=(0, 2, 3))).max()
-
-
-def test_shared_weights_and_biases_are_not_shifted_twice(tmp_path):
-    rng = np.random.default_rng(0)
-    tensors = {
-        "w": rng.normal(size=(3, 3, 3, 3)).astype(np.float32),
-        "v": rng.normal(size=(3, 3, 3, 3)).astype(np.float32),
-    }
-    tensors |= {"v2": tensors["v"], "bias": np.zeros(3, np.float32)}
-    nodes = [
-        helper.make_node("Conv", [given, weight, "bias"], [out], name=out, pads=[pad] * 4)
-        for given, weight, out, pad in (
-            ("tiles", "w", "a", 1),
-            ("a", "w", "b", 1),
-            ("b", "v", "c", 1),
-            ("c", "v2", "d", 1),
-        )
-    ]
-    made = opened(model(nodes, tensors, {"tiles": [1, 3, "h", "w"]}, {"d": [1, 3, "h", "w"]}), tmp_path / "g.onnx")
-    scales = round_convolutions(made, choose_nodes(made, ()).layers, tiles(2))
-    assert list(scales) == ["v", "v2"]
-    assert np.array_equal(array_of(constants(made)["w"]), tensors["w"])
-    assert [len(readers(made)[name]) for name in ("bias", "c_shifted_bias")] == [2, 1]
-
-
 def test_dynamic_takes_products_with_constants_alone(towers, tmp_path):
     out = tmp_path / "int8.onnx"
     metrics = quantize_dynamic(towers, Int8(), out)
@@ -451,16 +275,6 @@ def test_kind_of_a_graph(convolutions, towers, tmp_path):
     assert int8_kind(tmp_path / "table.onnx") == "f16"
 
 
-@pytest.fixture
-def images(tmp_path):
-    """Six of four tiles each, too dark for the fake detector to find anything."""
-    rng = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    for index in range(6):
-        Image.fromarray(rng.integers(0, 100, (160, 160, 3), np.uint8)).save(tmp_path / "images" / f"{index}.png")
-    return CalibrationImages(images=tmp_path / "images", count=6)
-
-
 def test_patches_make_no_convolutional_graph(tmp_path):
     tensors = {"patch": np.ones((8, 3, 16, 16), np.float32), "w": np.ones((8, 8), np.float32)}
     nodes = [
@@ -470,47 +284,6 @@ def test_patches_make_no_convolutional_graph(tmp_path):
     ]
     onnx.save(model(nodes, tensors, {"tiles": ["n", 3, 16, 16]}, {"y": ["n", 8]}), tmp_path / "patches.onnx")
     assert int8_kind(tmp_path / "patches.onnx") == "int8-dynamic"
-
-
-def recorded(folder, name, images, **how):
-    bundle = load_bundle(fakes.write_bundle(folder / "bundle"), allow_unsigned=True)
-    samples, calibration = record(bundle, images, folder / name, lambda *_: None, fakes.FakeEngine(), **how)
-    return (
-        samples,
-        calibration,
-        {str(p.relative_to(folder / name)): p.read_bytes() for p in sorted((folder / name).rglob("*.npz"))},
-    )
-
-
-def test_calibration_is_what_graphs_were_fed_and_the_same_twice(images, tmp_path):
-    samples, calibration, first = recorded(tmp_path, "a", images)
-    _, again, second = recorded(tmp_path, "b", images)
-    assert first == second and calibration == again
-    assert [Path(name).name for name in calibration.images] == [f"{index}.png" for index in range(6)]
-    assert set(samples.of("encoder")[0]) == {"pixels"} and set(samples.of("change")[0]) == {"earlier", "later"}
-    encoder = samples.of("encoder")
-    assert all(call["pixels"].dtype == np.float32 and call["pixels"].shape == (1, 5, 128, 128) for call in encoder)
-    heads = [call["first"] for call in samples.of("detect")]
-    assert any(np.array_equal(heads[0], call["pixels"]) for call in encoder)  # the fake encoder gives the tile itself
-
-
-def test_calibration_keeps_to_its_disk(images, tmp_path):
-    samples, _, everything = recorded(tmp_path, "all", images)
-    size = sum(len(data) for name, data in everything.items() if name.startswith("encoder"))
-    bound = size // 3
-    few, _, kept = recorded(tmp_path, "few", images, most_bytes=bound)
-    assert 0 < sum(len(data) for name, data in kept.items() if name.startswith("encoder")) <= bound
-    assert 0 < len(few.of("encoder")) < len(samples.of("encoder"))
-    assert kept.items() <= everything.items()
-
-
-def test_likeness_of_images():
-    session = Session(load_bundle(), Limits(1 << 32))
-    sources = sorted(list_inputs([str(SCENES)]), key=lambda source: source.name)
-    photos, flights = ([s for s in sources if s.name.endswith(end)] for end in ("webp", "tif"))
-    assert likeness(session, photos, photos) == 0
-    assert likeness(session, photos, flights) > 0.1
-    assert resolution_warning(session, photos) is None
 
 
 @pytest.mark.skipif(not SLOW, reason="EDGE_RSVLM_SLOW=1 quantizes the packaged encoder")

@@ -99,7 +99,8 @@ class Context:
         if place != self._place:
             kept = (ctypes.c_float * (self.rows * self.model.words)).from_address(place)
             self._place, self._buffer = place, np.ctypeslib.as_array(kept).reshape(self.rows, -1)
-        return self._buffer[:rows].copy()
+        copied: NDArray[np.float32] = self._buffer[:rows].copy()
+        return copied
 
 
 class Batch:

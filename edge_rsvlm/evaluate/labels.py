@@ -23,14 +23,19 @@ def chosen(known: Sequence[str], only: Path | None, where: Path) -> list[str]:
     """All names, or those that a file lists, one a line; UsageError for one that is not there."""
     if only is None:
         return list(known)
-    lines = [line.partition("#")[0].strip() for line in _text(only).splitlines()]
-    wanted = list(dict.fromkeys(line for line in lines if line))
+    wanted = read_names(only)
     for name in wanted:
         if name not in known:
             raise UsageError(f"{only}: '{name}' is not in {where}", fix=_nearest(name, known))
     if not wanted:
         raise UsageError(f"{only} names nothing", fix="write one name per line")
     return wanted
+
+
+def read_names(file: Path) -> list[str]:
+    """Names that a file lists, one a line; what follows a # is for people."""
+    lines = [line.partition("#")[0].strip() for line in _text(file).splitlines()]
+    return list(dict.fromkeys(line for line in lines if line))
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

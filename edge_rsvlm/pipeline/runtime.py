@@ -217,6 +217,11 @@ def _most(tasks: Tasks, model: str) -> tuple[int, int]:
     return max(contexts), max(beams)
 
 
+def by_llama(task: AnyTask | None) -> bool:
+    """Whether llama.cpp writes a task's words."""
+    return isinstance(task, GgufTask) or (isinstance(task, GenerateTask) and isinstance(task.decoder, GgufDecoder))
+
+
 def _present(tasks: Tasks) -> list[tuple[str, AnyTask]]:
     found = [(verb, getattr(tasks, verb)) for verb in Tasks.model_fields]
     return [(verb, task) for verb, task in found if task is not None]

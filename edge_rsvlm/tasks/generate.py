@@ -19,7 +19,7 @@ from edge_rsvlm.config.manifest import BoxFormat, GenerateTask
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.tasks.encode import Features, encode
 from edge_rsvlm.tasks.prompt import REMAKE, Layout, grid, mrope_positions, sequence_positions, write_image
-from edge_rsvlm.tasks.search import RepetitionPenalty, Sampling, Stop, Tokens, beam_search, greedy, sample
+from edge_rsvlm.tasks.search import RepetitionPenalty, Sampling, Stop, Tokens, beam_search, follow, greedy, sample
 from edge_rsvlm.tasks.text import check_text, load_tokenizer
 from edge_rsvlm.types import Advance, InferenceSession, LanguageModel, Prompt
 
@@ -74,11 +74,7 @@ class Generator:
     def follow(self, image: PreparedImage, text: str, answer_T: Tokens) -> NDArray[np.float32]:
         """Logits [T, V] by which each token of a given answer would be chosen after those before it."""
         logits_NV, advance = self._start(self._see(image.pixels_KCHW[None]), _layout(image), text)
-        found = [
-            logits_NV[0],
-            *(advance(answer_T[t : t + 1], np.zeros(1, np.int64))[0] for t in range(len(answer_T) - 1)),
-        ]
-        return np.stack(found)
+        return follow(logits_NV, advance, answer_T)
 
     def read(self, image: PreparedImage, text: str) -> Prompt:
         """What the language model reads of an image and a text."""

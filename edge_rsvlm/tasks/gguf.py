@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edge_rsvlm.config.manifest import GgufTask
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.tasks.generate import PreparedImage
-from edge_rsvlm.tasks.search import Sampling, Stop, Tokens, greedy, sample
+from edge_rsvlm.tasks.search import Sampling, Stop, Tokens, follow, greedy, sample
 from edge_rsvlm.tasks.text import check_text
 from edge_rsvlm.types import Advance
 
@@ -57,8 +57,7 @@ class GgufGenerator:
     def follow_pixels(self, image_HWC: NDArray[np.uint8], text: str, answer_T: Tokens) -> NDArray[np.float32]:
         """``follow`` for an image in 8 bits."""
         logits_1V, advance = self._model.start(image_HWC, self._prompt(text))
-        row = np.zeros(1, np.int64)
-        return np.concatenate([logits_1V, *(advance(answer_T[t : t + 1], row) for t in range(len(answer_T) - 1))])
+        return follow(logits_1V, advance, answer_T)
 
     def _answer(self, image_HWC: NDArray[np.uint8], text: str, sampling: Sampling | None) -> Tokens:
         stop = self._stop(sampling)

@@ -101,6 +101,12 @@ def _draw(logits_V: Logits, sampling: Sampling, level: float) -> int:
     return int(order[min(int(np.searchsorted(kept, level * kept[-1], side="right")), len(kept) - 1)])
 
 
+def follow(logits_1V: Logits, advance: Advance, answer_T: Tokens) -> Logits:
+    """Logits [T, V] by which each token of a given answer would be chosen after those before it."""
+    row = np.zeros(1, np.int64)
+    return np.concatenate([logits_1V, *(advance(answer_T[t : t + 1], row) for t in range(len(answer_T) - 1))])
+
+
 def _token_by_token(
     logits_NV: Logits, advance: Advance, stop: Stop, choose: Callable[[Logits], Tokens]
 ) -> list[Tokens]:

@@ -24,6 +24,7 @@ Arrays = dict[str, NDArray[Any]]
 
 SLICE_BYTES = 256 << 20
 WHOLE_BYTES = 1 << 30
+"""Graphs with more bytes of weights run a slice at a time."""
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -40,8 +41,12 @@ class SlicedSession:
 
 def open_graph(path: Path) -> InferenceSession:
     """Whole as on the device, or by slices where the export shall not need that memory."""
-    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*") if "tensorrt" not in file.name)
-    return SlicedSession(path) if size > WHOLE_BYTES else cpu_graph(path)
+    return SlicedSession(path) if weight_bytes(path) > WHOLE_BYTES else cpu_graph(path)
+
+
+def weight_bytes(path: Path) -> int:
+    """Of a graph and of the files beside it that hold its weights."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*") if "tensorrt" not in file.name)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 import edge_rsvlm
 from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.config.manifest import GenerateTask, GgufDecoder, GgufTask, Tasks
 from edge_rsvlm.export.proof.accuracy import DEFAULT_TEXT, open_session
+from edge_rsvlm.pipeline.runtime import by_llama
 from edge_rsvlm.tasks.gguf import GgufGenerator, eight_bits
 from edge_rsvlm.tasks.search import Sampling
 from edge_rsvlm.verify import answer_logits
@@ -24,16 +24,11 @@ TASK_PREFIX = "task."
 
 def write_language_probe(bundle: Bundle, folder: Path) -> None:
     """Write ``task.VERB.npz`` for the first task whose words llama.cpp writes; its tasks share one model."""
-    verb = next(verb for verb in ("caption", "ask", "ground") if _by_llama(bundle.manifest.tasks, verb))
+    verb = next(verb for verb in ("caption", "ask", "ground") if by_llama(getattr(bundle.manifest.tasks, verb)))
     inputs = _inputs(bundle, verb)
     logits_AV = answer_logits(bundle, verb, inputs)
     arrays = {f"in.{name}": value for name, value in inputs.items()} | {"out.logits": logits_AV}
     np.savez_compressed(folder / f"{TASK_PREFIX}{verb}.npz", **arrays)  # type: ignore[arg-type]
-
-
-def _by_llama(tasks: Tasks, verb: str) -> bool:
-    task = getattr(tasks, verb)
-    return isinstance(task, GgufTask) or (isinstance(task, GenerateTask) and isinstance(task.decoder, GgufDecoder))
 
 
 def _inputs(bundle: Bundle, verb: str) -> dict[str, NDArray[Any]]:

@@ -20,8 +20,9 @@ from edge_rsvlm.budget import Demand, MemoryPlan
 from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.manifest import Calibration, DetectTask, GenerateTask, GgufDecoder, GgufTask, Manifest
 from edge_rsvlm.errors import InputError, UsageError
-from edge_rsvlm.evaluate.labels import read_pairs
-from edge_rsvlm.export.quantize.recording import SLICED_FROM_BYTES, RecordingEngine, weight_bytes
+from edge_rsvlm.evaluate.labels import read_names, read_pairs
+from edge_rsvlm.export.graphs.sliced import WHOLE_BYTES, weight_bytes
+from edge_rsvlm.export.quantize.recording import RecordingEngine
 from edge_rsvlm.export.quantize.settings import CalibrationImages
 from edge_rsvlm.pipeline.detect import DetectQuery
 from edge_rsvlm.pipeline.engines import CpuEngine
@@ -119,7 +120,7 @@ def listed(images: CalibrationImages) -> list[list[Source]]:
 
 
 def _barred(images: CalibrationImages) -> set[str]:
-    return {line.strip() for file in images.without for line in file.read_text().splitlines()}
+    return {name for file in images.without for name in read_names(file)}
 
 
 def _name(source: Source) -> str:
@@ -178,7 +179,7 @@ def _bytes(path: str) -> bytes:
 def _tokens(bundle: Bundle) -> int:
     """How far an answer goes: a decoder that runs a slice at a time reads all its weights for each token."""
     sizes = [weight_bytes(bundle.path(graph.file)) for graph in bundle.manifest.graphs.values()]
-    return SLICED_TOKENS if max(sizes) > SLICED_FROM_BYTES else ANSWER_TOKENS
+    return SLICED_TOKENS if max(sizes) > WHOLE_BYTES else ANSWER_TOKENS
 
 
 @dataclass(frozen=True)

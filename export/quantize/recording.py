@@ -17,20 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.export.graphs.sliced import SlicedSession
+from edge_rsvlm.export.graphs.sliced import WHOLE_BYTES, SlicedSession, weight_bytes
 from edge_rsvlm.pipeline.runtime import Engine
 from edge_rsvlm.tasks.gguf import VisionLanguageModel
 from edge_rsvlm.types import InferenceSession, LanguageModel
 
 HALF_FROM_BYTES = 1 << 20
 """Larger arrays are stored in half precision: maps of features, key-value caches."""
-SLICED_FROM_BYTES = 1 << 30
-"""Graphs with more bytes of weights run a slice at a time."""
-
-
-def weight_bytes(graph: Path) -> int:
-    data = graph.with_name(f"{graph.name}.data")
-    return sum(path.stat().st_size for path in (graph, data) if path.exists())
 
 
 def _stored(array: NDArray[Any]) -> NDArray[Any]:
@@ -84,7 +77,7 @@ class RecordingEngine:
         self._records = {bundle.path(g.file): _GraphRecord(folder / name, most_bytes) for name, g in graphs}
 
     def open(self, graph: Path) -> InferenceSession:
-        session = SlicedSession(graph) if weight_bytes(graph) > SLICED_FROM_BYTES else self._inner.open(graph)
+        session = SlicedSession(graph) if weight_bytes(graph) > WHOLE_BYTES else self._inner.open(graph)
         return _RecordingSession(session, self._records[graph], self)
 
     def open_language(self, model: Path, context_tokens: int, beams: int = 1) -> LanguageModel:

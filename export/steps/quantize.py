@@ -16,7 +16,7 @@ from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.bundle_writer import place, write_manifest
 from edge_rsvlm.export.explain import memory_on_disk
 from edge_rsvlm.export.gguf.quantizing import TYPES
-from edge_rsvlm.export.graphs.sliced import open_graph
+from edge_rsvlm.export.graphs.sliced import open_graph, weight_bytes
 from edge_rsvlm.export.proof.language_probe import write_language_probe
 from edge_rsvlm.export.quantize.calibration import Samples
 from edge_rsvlm.export.quantize.choose import int8_kind
@@ -164,17 +164,13 @@ def _estimate(fields: dict[str, Any], target: Path, per_token: int) -> None:
     llama.cpp copies weights into the layouts that it multiplies fastest, so that its files count whole; its caches
     take ``per_token`` bytes.
     """
-    sizes = [(graph["precision"], _bytes(target / graph["file"])) for graph in fields["graphs"].values()]
+    sizes = [(graph["precision"], weight_bytes(target / graph["file"])) for graph in fields["graphs"].values()]
     for task in fields["tasks"].values():
         if task and not task["memory"]["measured"]:
             tokens = task.get("decoder", task).get("context_tokens", 0) * task.get("beams", 1)
             gguf = [("gguf", path.stat().st_size) for path in target.glob("*.gguf") if tokens]
             every = [*sizes, *gguf, ("cache", tokens * per_token)]
             task["memory"]["session_bytes"] = memory_on_disk(every, {"": task})
-
-
-def _bytes(graph: Path) -> int:
-    return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.stem}.*") if "tensorrt" not in path.name)
 
 
 def _copy_others(draft: Path, manifest: Manifest, fields: dict[str, Any], target: Path) -> None:
