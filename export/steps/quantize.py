@@ -77,7 +77,8 @@ class Quantizer:
         if precision == "int8":
             return quantize_static(source, self._samples(name), self.recipe.int8, out, tensorrt)
         if precision == "int4":
-            return quantize_int4(source, self._samples(name), self.recipe.int4, out, tensorrt)
+            fed = () if self.recipe.int4.method == "rtn" else self._samples(name)
+            return quantize_int4(source, fed, self.recipe.int4, out, tensorrt)
         if tensorrt is not None:
             half_precision(source, tensorrt)
         if precision == "int8-dynamic":
@@ -127,17 +128,10 @@ def quantize(
             else:
                 progress(f"{name}: {known.said}", 0, 1)
         progress(name, 1, 1)
-    per_token = 0
-    if language is not None:
-        decoder = decoder_graph(manifest)
-        found = language.write(
-            recipe.bits, target, samples, decoder, lambda done, all_: progress("llama.cpp", done, all_)
-        )
-        language.point(fields, recipe.bits, int(found["context_tokens"]))
-        metrics |= {f"llama.cpp {key}": value for key, value in found.items()}
-        per_token = int(found["cache bytes per token"])
+    written = _write_language(language, recipe, manifest, fields, samples, target, progress) if language else {}
+    metrics |= {f"llama.cpp {key}": value for key, value in written.items()}
     _copy_others(draft, manifest, fields, target)
-    _estimate(fields, target, per_token)
+    _estimate(fields, target, int(written.get("cache bytes per token", 0)))
     del fields["files"], fields["schema_version"]
     write_manifest(target, fields)
     made = load_bundle(target, allow_unsigned=True, allow_older=True)
@@ -145,6 +139,17 @@ def quantize(
     if language is not None:
         write_language_probe(made, folder / PROBES)
     return metrics | {"bytes": sum(path.stat().st_size for path in target.iterdir())}
+
+
+def _write_language(
+    language: LanguageWriter, recipe: Recipe, manifest: Manifest, fields: dict[str, Any], samples: Samples | None,
+    target: Path, progress: GraphProgress,
+) -> Metrics:  # fmt: skip
+    """The model for llama.cpp, and the tasks of ``fields`` pointed at it."""
+    decoder = decoder_graph(manifest)
+    found = language.write(recipe.bits, target, samples, decoder, lambda done, all_: progress("llama.cpp", done, all_))
+    language.point(fields, recipe.bits, int(found["context_tokens"]))
+    return found
 
 
 def _replaced(language: LanguageWriter | None, manifest: Manifest, recipe: Recipe) -> tuple[str, ...]:
