@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_rsvlm import __version__
-from edge_rsvlm.bundle import Rules
+from edge_rsvlm.bundle import Rules, load_bundle
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.export.adapters.kept import KeptAdapter, check_names, keep_apart
 from edge_rsvlm.export.adapters.reading import Adapter, read_adapter
@@ -255,6 +255,12 @@ def run_export(recipe: Recipe, report: Report) -> Path:
     if recipe.work is None:
         shutil.rmtree(recipe.work_folder)
     return out
+
+
+def warnings(out: Path) -> tuple[str, ...]:
+    """What the person who made the bundle should know of its calibration."""
+    known = load_bundle(out, allow_unsigned=True, allow_older=True).manifest.calibration
+    return known.warnings if known else ()
 
 
 def explain_export(recipe: Recipe) -> str:

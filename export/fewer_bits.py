@@ -24,11 +24,14 @@ from edge_rsvlm.export.steps.compile_onnx import BUNDLE
 from edge_rsvlm.export.steps.parity import FAILED, PROBES
 from edge_rsvlm.export.steps.quantize import CALIBRATED, chosen_precisions, quantize
 from edge_rsvlm.export.steps.search import CHOICE, Search, applied
+from edge_rsvlm.raster.inputs import Source
 
 CALIBRATION, COMPARISONS, SAMPLES = "calibration.json", "comparisons.json", "samples"
 ACCURACY = "accuracy"
 UNSEEN_IMAGES = 16
 """Images that had no part in the calibration, for tasks that have no labels."""
+JUDGING_IMAGES = 64
+"""Images of a task that has labels, for what labels do not judge."""
 
 
 class Step(Protocol):
@@ -109,7 +112,9 @@ class FewerBits:
         return 100 * max(comparison.loss for comparison in found.comparisons)
 
     def _said(self) -> dict[str, Any]:
-        return self.recipe.model_dump(mode="json", include={"target", "engines", "precision", "int8", "int4", "gguf"})
+        return self.recipe.model_dump(
+            mode="json", include={"target", "engines", "precision", "int8", "int4", "gguf", "tensorrt"}
+        )
 
     def _labels(self) -> list[dict[str, Any]]:
         choices = self.recipe.evaluate
@@ -180,7 +185,10 @@ class FewerBits:
         used = set() if calibrated is None else set(_calibration(calibrated).images)
         everything = [source for place in listed(images) for source in place]
         unseen = [source for source in everything if source.name not in used] or everything
-        judged = {choice.task for choice in self.recipe.evaluate}
+        judged: dict[str, list[Source]] = {
+            choice.task: spread([source for source in listed_by(choice) if source.name not in used], JUDGING_IMAGES)
+            for choice in self.recipe.evaluate
+        }
         checks = compare_answers(before, after, spread(unseen, UNSEEN_IMAGES), images.texts, judged, report)
         return Compared(found.comparisons, (*found.checks, *checks))
 

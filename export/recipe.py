@@ -56,6 +56,9 @@ block = 32
 [gguf]
 vision = "onnx"                          # or mmproj: llama.cpp sees too
 
+[tensorrt]                               # where engines name it
+graphs = ["encoder"]                     # left out: all of them; the others run on ONNX Runtime
+
 [[evaluate]]                             # labels that judge what fewer bits cost; without them, agreement does
 task = "caption"                         # detect, change, caption, ask, classify
 labels = "val.jsonl"                     # as for `edge-rsvlm eval`
@@ -124,6 +127,11 @@ class Gguf(Model):
     """What makes visual tokens of an image: graphs of ONNX Runtime, or llama.cpp itself."""
 
 
+class TensorRt(Model):
+    graphs: tuple[str, ...] | None = None
+    """Those that are made for it too; None: every graph."""
+
+
 class Evaluate(Model):
     """Labels of one task, as ``edge-rsvlm eval`` reads them."""
 
@@ -157,6 +165,7 @@ class Recipe(Model):
     int8: Int8 = Int8()
     int4: Int4 = Int4()
     gguf: Gguf = Gguf()
+    tensorrt: TensorRt = TensorRt()
     evaluate: tuple[Evaluate, ...] = ()
     goal: str | None = None
     """Which mix of precisions is wanted, as ``quantize.search.parse_goal`` reads it."""

@@ -5,12 +5,15 @@ A test that needs something that may be absent asks the fixture ``needs`` for it
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
+WEIGHTS = Path(__file__).parents[1] / "export" / "default" / "weights"
 
 
 def pytest_addoption(parser):
@@ -49,6 +52,24 @@ def home(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("EDGE_RSVLM_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The packaged model as it was trained, in half precision; one export serves every worker."""
+    for name in ("torch", "transformers", "onnxscript"):
+        pytest.importorskip(name, reason=f"needs {name}: not installed")
+    from edge_rsvlm.bundle import load_bundle
+    from edge_rsvlm.export.chain import run_export
+    from edge_rsvlm.export.recipe import Recipe
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    with (base.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            run_export(Recipe(checkpoint=WEIGHTS, target="onnx:f16", out=folder), lambda *_: None)
+    return load_bundle(folder, allow_unsigned=True, allow_older=True)
 
 
 @pytest.fixture

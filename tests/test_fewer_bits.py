@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 torch = pytest.importorskip("torch", reason="the export extra is not installed")
 pytest.importorskip("transformers", reason="the export extra is not installed")
@@ -23,6 +24,7 @@ from edge_rsvlm.scoring import accuracy_score, loss_bound  # noqa: E402
 from tests import tiny_checkpoints, tiny_generators  # noqa: E402
 
 SCENES = Path(edge_rsvlm.__file__).parent / "scenes"
+PHOTOS = ("airliners.webp", "marina.webp", "overpass.webp")
 
 
 def run(*arguments: object):
@@ -100,6 +102,54 @@ def test_images_are_asked_for_where_ranges_need_them(tmp_path):
         "export", "run", "--checkpoint", tmp_path / "c", "--target", "onnx:int4", "--out", tmp_path / "bundle"
     )  # fmt: skip
     assert "--calibration" in str(made.exception)
+
+
+def test_only_graphs_that_are_named_are_made_for_tensorrt(tmp_path):
+    (tmp_path / "c").mkdir()
+    checkpoint = tiny_checkpoints.clip(tmp_path / "c")
+    wanted = recipe(tmp_path, checkpoint, "onnx:f16", engines='["onnxruntime", "tensorrt"]', allow='["accuracy"]')
+    text = wanted.read_text()
+    wanted.write_text(text + '\n[tensorrt]\ngraphs = ["vision"]\n')
+    assert "[tensorrt] names 'vision'" in str(run("export", "run", wanted).exception)
+    wanted.write_text(text + '\n[tensorrt]\ngraphs = ["image_encoder"]\n')
+    made = run("export", "run", wanted)
+    assert made.exception is None, made.exception
+    graphs = manifest(tmp_path)["graphs"]
+    assert {name for name, graph in graphs.items() if graph["tensorrt"]} == {"image_encoder"} < set(graphs)
+
+
+def test_calibration_unlike_what_judges_is_warned_about(tmp_path):
+    (tmp_path / "c").mkdir()
+    rng = np.random.default_rng(0)
+    (tmp_path / "noise").mkdir()
+    for index in range(4):
+        noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "noise" / f"{index}.png")
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("".join(json.dumps({"image": name, "label": name}) + "\n" for name in PHOTOS))
+    wanted = recipe(tmp_path, tiny_checkpoints.clip(tmp_path / "c"), "onnx:int8", allow='["accuracy"]')
+    judged = f'[[evaluate]]\ntask = "classify"\nlabels = "labels.jsonl"\nimages = "{SCENES}"\n'
+    wanted.write_text(
+        wanted.read_text().replace(str(SCENES), "noise") + judged + '[precision]\nimage_encoder = "int8"\n'
+    )
+    made = run("export", "run", wanted)
+    assert made.exception is None, made.exception
+    (warning,) = manifest(tmp_path)["calibration"]["warnings"]
+    assert "standard deviations" in warning and f"warning: {warning}" in made.stderr
+
+
+def test_words_are_followed_on_the_images_that_judge_them(monkeypatch):
+    from edge_rsvlm.bundle import load_bundle
+    from edge_rsvlm.export.proof import accuracy
+    from edge_rsvlm.raster.inputs import Source
+
+    seen = []
+    monkeypatch.setattr(accuracy, "_tokens", lambda verb, old, new, images, texts: seen.append(list(images)) or [])
+    monkeypatch.setattr(accuracy, "_boxes", lambda old, new, images, texts: seen.append(list(images)) or [])
+    others, judges = ([Source(name, name)] for name in ("other", "judge"))
+    packaged = load_bundle()
+    accuracy.compare_answers(packaged, packaged, others, (), {"caption": judges}, lambda *_: None)
+    assert seen == [judges, others]
 
 
 def test_a_goal_of_size_is_met_by_a_mix(tmp_path):

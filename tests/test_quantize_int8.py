@@ -16,7 +16,6 @@ onnx = pytest.importorskip("onnx", reason="needs onnx: not installed")
 from onnx import TensorProto, helper  # noqa: E402
 
 import edge_rsvlm  # noqa: E402
-from edge_rsvlm.bundle import load_bundle  # noqa: E402
 from edge_rsvlm.export.quantize.calibration import record  # noqa: E402
 from edge_rsvlm.export.quantize.choose import int8_kind  # noqa: E402
 from edge_rsvlm.export.quantize.chosen import choose_nodes  # noqa: E402
@@ -286,9 +285,21 @@ def test_patches_make_no_convolutional_graph(tmp_path):
     assert int8_kind(tmp_path / "patches.onnx") == "int8-dynamic"
 
 
+def test_weights_that_steps_share_are_read(tmp_path):
+    """By hard links, which onnx's own loader takes for an attack."""
+    weights = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    nodes = [helper.make_node("MatMul", ["tiles", "w"], ["y"], name="product")]
+    made = model(nodes, {"w": weights}, {"tiles": ["n", 64]}, {"y": ["n", 64]})
+    file = tmp_path / "g.onnx"
+    onnx.save(made, file, save_as_external_data=True, location="g.onnx.data", size_threshold=0)
+    os.link(tmp_path / "g.onnx.data", tmp_path / "elsewhere.data")
+    (stored,) = load_wide(file).graph.initializer
+    np.testing.assert_array_equal(array_of(stored), weights)
+
+
 @pytest.mark.skipif(not SLOW, reason="EDGE_RSVLM_SLOW=1 quantizes the packaged encoder")
-def test_packaged_encoder(tmp_path):
-    bundle = load_bundle()
+def test_packaged_encoder(trained, tmp_path):
+    bundle = trained
     images = CalibrationImages(images=SCENES, count=9)
     samples, _ = record(bundle, images, tmp_path / "samples", lambda *_: None)
     source, out = bundle.path(bundle.manifest.graphs["encoder"].file), tmp_path / "encoder.onnx"

@@ -22,9 +22,9 @@ from edge_rsvlm.export.tensorrt.report import unsupported  # noqa: E402
 TAKEN = "compiled for SM86 by tensorrt_rtx "
 
 
-@pytest.fixture(scope="module")
-def bundle():
-    return load_bundle()
+@pytest.fixture
+def bundle(trained):
+    return trained
 
 
 @pytest.fixture

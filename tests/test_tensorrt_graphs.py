@@ -26,14 +26,14 @@ def bundle():
 
 
 @pytest.fixture(scope="module")
-def half(bundle, tmp_path_factory):
+def half(trained, tmp_path_factory):
     """Graphs of the packaged model in half precision, by name."""
     from edge_rsvlm.export.quantize.typed import half_precision
 
     folder = tmp_path_factory.mktemp("half")
-    files = {name: folder / f"{name}.onnx" for name in bundle.manifest.graphs}
-    for name, graph in bundle.manifest.graphs.items():
-        half_precision(bundle.path(graph.file), files[name])
+    files = {name: folder / f"{name}.onnx" for name in trained.manifest.graphs}
+    for name, graph in trained.manifest.graphs.items():
+        half_precision(trained.path(graph.file), files[name])
     return files
 
 
@@ -159,11 +159,19 @@ def test_sizes_are_arithmetic_and_nothing_else():
             size_of(text, {"s0": 2})
 
 
-def test_packaged_graphs_compile_in_half_precision(compiled, half, bundle):
-    for name, graph in bundle.manifest.graphs.items():
+def test_packaged_graphs_compile_in_half_precision(compiled, half, trained):
+    for name, graph in trained.manifest.graphs.items():
         assert unsupported(half[name]) == []
-        spans = shape_ranges(bundle.manifest, name, bundle.path(graph.file))
+        spans = shape_ranges(trained.manifest, name, trained.path(graph.file))
         assert compiled(half[name], spans) > 100_000
+
+
+def test_packaged_graphs_compile_in_8_bits(compiled, bundle):
+    made = {name: graph.tensorrt for name, graph in bundle.manifest.graphs.items() if graph.tensorrt}
+    assert made.keys() == {"encoder", "detect", "change"}
+    for graph in made.values():
+        assert unsupported(bundle.path(graph.file)) == []
+        assert compiled(bundle.path(graph.file), graph.shapes) > 100_000
 
 
 def test_sizes_that_do_not_fit_the_graph_are_refused(compiled, half):

@@ -59,6 +59,8 @@ def run(
         click.echo(f"warning: {misfit}; it is exported all the same", err=True)
     with _step_bars() as report:
         folder = chain.run_export(wanted, report)
+    for sentence in chain.warnings(folder):
+        click.echo(f"warning: {sentence}", err=True)
     click.echo(str(folder))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from edge_rsvlm.config.manifest import MANIFEST_NAME
 from edge_rsvlm.export import artifact
-from edge_rsvlm.export.bundle_writer import bundle_folder, place, write_manifest
+from edge_rsvlm.export.bundle_writer import bundle_folder, write_manifest
 from edge_rsvlm.export.chain import run_export
 from edge_rsvlm.export.default.baselines import change_vectors, consensus
 from edge_rsvlm.export.default.describe import read_thresholds
@@ -30,11 +30,11 @@ WORK = Path("build/default")
 
 
 def export(work: Path, target: str | None, report: Callable[[str, int, int], None]) -> Path:
-    """The bundle as the recipe says, or of another ``target`` with its defaults, below ``work``."""
+    """The bundle as the recipe says, below ``work``; or of another ``target``, whatever that costs."""
     recipe = load_recipe(RECIPE)
     changed: dict[str, Any] = {"out": work / "bundle", "work": work / "steps"}
     if target is not None:
-        changed |= {"target": target, "precision": {}}
+        changed |= {"target": target, "precision": {}, "engines": ("onnxruntime",), "allow": ("accuracy",)}
     return run_export(Recipe.model_validate(recipe.model_dump() | changed), report)
 
 
@@ -44,7 +44,7 @@ def publish(made: Path, weights: Path, data: Path, out: Path) -> int:
     del fields["files"], fields["schema_version"]
     fields["accuracy"] = evaluations(data, made)
     with bundle_folder(out) as folder:
-        shutil.copytree(made, folder, dirs_exist_ok=True, copy_function=lambda a, b: place(Path(a), Path(b)))
+        shutil.copytree(made, folder, dirs_exist_ok=True)
         write_card(folder / CARD_NAME, _facts(fields, weights, data))
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         if size > MOST_BYTES:

@@ -19,8 +19,9 @@ One visual encoder (MobileNetV2 1.0, ImageNet-initialised, five-channel stem: re
 with three heads: boxes, change between two dates, and a 4-layer Llama-architecture decoder that writes captions.
 Classes of boxes: {classes}.
 
-Weights as stored: {precisions}. Made by `python -m edge_rsvlm.export.default.train` and
-`python -m edge_rsvlm.export.default.make_bundle`, on a CPU.
+Graphs as stored: {precisions}.
+Those for TensorRT ({tensorrt}) were compiled without a GPU and never run on one. Made by
+`python -m edge_rsvlm.export.default.train` and `python -m edge_rsvlm.export.default.make_bundle`, on a CPU.
 
 ## Licence and training data
 
@@ -36,9 +37,9 @@ the same place as one of those ({facts.left_out} of them) was trained on. The of
 On held-out images, through the whole pipeline, with bootstrap 95 % intervals over images. The threshold of boxes
 ({facts.thresholds.detect:.3g}) was chosen on crops of training images, that of change
 ({facts.thresholds.change:.3g}) on held-out cities: what the others choose is {others}.
-That Sentinel-2 pairs are compared at 6.4 m, the coarse end of the
-resolutions trained on, and that a pair's probabilities are averaged with those of its mirror image, was chosen on these
-two cities as well: take their score as a little too high.
+That Sentinel-2 pairs are compared at 6.4 m, the coarse end of the resolutions trained on, and that a pair's
+probabilities are averaged with those of its mirror image, was chosen on these two cities as well: take their score as a
+little too high.
 
 | data | measure | value | 95 % interval | images |
 |---|---|---|---|---|
@@ -95,6 +96,7 @@ def write_card(path: Path, facts: CardFacts) -> None:
         facts=facts,
         name=fields["name"],
         precisions=", ".join(f"`{name}` {graph['precision']}" for name, graph in fields["graphs"].items()),
+        tensorrt=", ".join(name for name, graph in fields["graphs"].items() if graph["tensorrt"]) or "none",
         costs=_costs(fields.get("comparisons", ())),
         licence=fields["licence"][0].upper() + fields["licence"][1:],
         classes=", ".join(CLASSES),

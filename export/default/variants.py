@@ -20,12 +20,14 @@ from edge_rsvlm.bundle import Bundle, load_bundle
 from edge_rsvlm.config.units import format_bytes
 from edge_rsvlm.export.default.make_bundle import WORK, export
 from edge_rsvlm.export.default.score import evaluations
+from edge_rsvlm.export.fewer_bits import ACCURACY
+from edge_rsvlm.export.steps.parity import FAILED
 from edge_rsvlm.pipeline.detect import DetectQuery
 from edge_rsvlm.pipeline.session import Limits, Session
 
 TARGETS = ("onnx:f32", "onnx:f16", "onnx:int8", "onnx:int4", "gguf:F16", "gguf:Q8_0", "gguf:Q4_0")
 SCENES = Path(edge_rsvlm.__file__).parent / "scenes"
-RUNS = 5
+RUNS = 11
 MEMORY_BYTES = 8 << 30
 HEADLINE = {"caption": "CIDEr", "detect": "AP50", "change": "F1"}
 
@@ -33,8 +35,9 @@ INTRO = """# Variants of the packaged model
 
 Made and measured by `python -m edge_rsvlm.export.default.variants`, on {machine}, one thread. Memory is the growth of
 anonymous memory from importing the engine to the open sessions, and per tile of a batch; files that are mapped do not
-count. Times are medians of {runs} whole commands on packaged scenes, sessions open: the caption of `marina.webp`, the
-boxes of `airport_apron.webp`, the change of the `hongkong` pair. Scores are those of the model card's data.
+count. Times are medians of {runs} whole commands on packaged scenes, sessions open, variants taking turns: the caption
+of `marina.webp`, the boxes of `airport_apron.webp`, the change of the `hongkong` pair. Scores are those of the model
+card's data. Who is outside the gate lost more of a task than an export lets through, and is here to be compared.
 """
 
 
@@ -42,66 +45,73 @@ boxes of `airport_apron.webp`, the change of the `hongkong` pair. Scores are tho
 class Variant:
     target: str
     bundle: Bundle
-    seconds: dict[str, float]
     accuracy: list[dict[str, Any]]
 
 
-def measure(target: str, data: Path) -> Variant:
+def make(target: str, data: Path) -> Variant:
     made = export(WORK / target.replace(":", "-"), target, lambda *at: print(target, *at, file=sys.stderr, flush=True))
     bundle = load_bundle(made, allow_unsigned=True, allow_older=True)
-    return Variant(target, bundle, times(bundle), evaluations(data, made, sys.stderr))
+    return Variant(target, bundle, evaluations(data, made, sys.stderr))
 
 
-def times(bundle: Bundle) -> dict[str, float]:
-    """Seconds by verb, of one warm command."""
+def times(variants: list[Variant]) -> dict[tuple[str, str], float]:
+    """Seconds by target and verb, of one warm command: variants take turns, so that what else the machine does meets
+    all of them."""
+    runs = {(v.target, verb): run for v in variants for verb, run in _commands(v.bundle).items()}
+    found: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for turn in range(RUNS + 1):
+        for key, run in runs.items():
+            begun = time.perf_counter()
+            run()
+            if turn:  # the first opens sessions
+                found[key].append(time.perf_counter() - begun)
+    return {key: median(seconds) for key, seconds in found.items()}
+
+
+def _commands(bundle: Bundle) -> dict[str, Callable[[], object]]:
     session = Session(bundle, Limits(MEMORY_BYTES))
     pair = [str(SCENES / f"hongkong_{year}.tif") for year in (2016, 2018)]
-    runs: dict[str, Callable[[], object]] = {
+    return {
         "caption": lambda: session.caption(str(SCENES / "marina.webp"), _nowhere),
         "detect": lambda: session.detect(str(SCENES / "airport_apron.webp"), DetectQuery(), _nowhere),
         "change": lambda: session.change(pair[0], pair[1], _nowhere),
     }
-    return {verb: _median(run) for verb, run in runs.items()}
 
 
 def _nowhere(record: dict[str, Any], geometry: dict[str, Any] | None) -> None:
     """Results are not wanted."""
 
 
-def _median(run: Callable[[], object]) -> float:
-    run()
-    found = []
-    for _ in range(RUNS):
-        begun = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - begun)
-    return median(found)
-
-
-def table(variants: list[Variant]) -> str:
+def table(variants: list[Variant], seconds: dict[tuple[str, str], float]) -> str:
     verbs = list(HEADLINE)
     scored = [(row["task"], row["data"]) for row in variants[0].accuracy if row["metric"] == HEADLINE[row["task"]]]
     head = [
-        "variant", "bytes", *(f"{verb}: memory" for verb in verbs), *(f"{verb}: ms" for verb in verbs),
+        "variant", "bytes", "gate", *(f"{verb}: memory" for verb in verbs), *(f"{verb}: ms" for verb in verbs),
         *(f"{HEADLINE[task]}, {data.partition(',')[0]}" for task, data in scored),
     ]  # fmt: skip
-    rows = [head, ["---"] * len(head), *(_row(variant, verbs, scored) for variant in variants)]
+    rows = [head, ["---"] * len(head), *(_row(variant, seconds, scored) for variant in variants)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _row(variant: Variant, verbs: list[str], scored: list[tuple[str, str]]) -> list[str]:
+def _row(variant: Variant, seconds: dict[tuple[str, str], float], scored: list[tuple[str, str]]) -> list[str]:
     manifest = variant.bundle.manifest
-    memory = {verb: getattr(manifest.tasks, verb).memory for verb in verbs}
+    memory = {verb: getattr(manifest.tasks, verb).memory for verb in HEADLINE}
     values = {
         (row["task"], row["data"]): row["value"] for row in variant.accuracy if row["metric"] == HEADLINE[row["task"]]
     }
     return [
         f"`{variant.target}`",
         format_bytes(sum(entry.bytes for entry in manifest.files.values())),
+        _gate(variant.bundle),
         *(f"{format_bytes(m.session_bytes)} + {format_bytes(m.tile_bytes)}" for m in memory.values()),
-        *(f"{variant.seconds[verb] * 1e3:.0f}" for verb in verbs),
+        *(f"{seconds[variant.target, verb] * 1e3:.0f}" for verb in HEADLINE),
         *(f"{values[key]:.3f}" for key in scored),
     ]
+
+
+def _gate(bundle: Bundle) -> str:
+    failed = [step.metrics[FAILED] for step in bundle.manifest.steps if step.step == ACCURACY]
+    return "as trained" if not failed else "outside" if any(failed) else "inside"
 
 
 def main() -> None:
@@ -109,9 +119,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     options = parser.parse_args()
-    variants = [measure(target, options.data) for target in options.targets]
+    variants = [make(target, options.data) for target in options.targets]
     print(INTRO.format(machine=platform.machine(), runs=RUNS))
-    print(table(variants))
+    print(table(variants, times(variants)))
 
 
 if __name__ == "__main__":

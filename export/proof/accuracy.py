@@ -7,8 +7,10 @@ embeddings by their cosine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +79,7 @@ def _comparison(step: str, choice: Evaluate, before: Score, after: Score) -> Com
     return Comparison(
         step=step, task=choice.task, metric=before.metric, before=before.value, after=after.value,
         loss=before.value - after.value, bound=scoring.loss_bound(before, after), samples=before.samples,
-        data=choice.labels.name,
+        data=_named(choice.labels),
     )  # fmt: skip
 
 
@@ -85,10 +87,15 @@ def _score(bundle: Bundle, choice: Evaluate, progress: Progress) -> Score:
     session, wanted = open_session(bundle), METRICS[choice.task]
 
     def report(done: int, total: int) -> None:
-        progress(f"{choice.task} on {choice.labels.name}", done, total)
+        progress(f"{choice.task} on {_named(choice.labels)}", done, total)
 
     found = _evaluated(session, choice, report)
     return next(score for score in found.scores if score.metric == wanted and score.label is None)
+
+
+def _named(labels: Path) -> str:
+    """With its folder: many sets call theirs alike."""
+    return "/".join(labels.parts[-2:])
 
 
 def listed_by(choice: Evaluate) -> list[Source]:
@@ -115,16 +122,19 @@ def _evaluated(session: Session, choice: Evaluate, report: Callable[[int, int], 
 
 
 def compare_answers(
-    before: Bundle, after: Bundle, images: Sequence[Source], texts: Sequence[str], judged: Collection[str],
-    progress: Progress,
+    before: Bundle, after: Bundle, images: Sequence[Source], texts: Sequence[str],
+    judged: Mapping[str, Sequence[Source]], progress: Progress,
 ) -> list[Check]:  # fmt: skip
     """Tasks against what they answered before, image by image; those ``judged`` by labels only in what has no labels:
-    the tokens they write, and the vectors of what they see."""
+    the tokens they write, and the vectors of what they see.
+
+    A task that is judged writes of the images that judge it: of a scene unlike them no word is sure, before as after.
+    """
     checks: list[Check] = []
     old, new, tasks = open_session(before), open_session(after), before.manifest.tasks
     written = isinstance(tasks.caption, GenerateTask) or isinstance(tasks.ask, GenerateTask)
     wanted = {
-        "words": _written if written else None,
+        "words": partial(_written, judged) if written else None,
         "answers": _classes if "ask" not in judged and isinstance(tasks.ask, AnswerTask) and tasks.ask.input else None,
         "boxes": _boxes if tasks.detect and "detect" not in judged else None,
         "embeddings": _embeddings if tasks.search else None,
@@ -160,10 +170,12 @@ def _writer(session: Session, verb: str, path: str) -> tuple[Generator | GgufGen
     return runtime.generator(f"{verb}, greedy", task.model_copy(update={"beams": 1})), tiles
 
 
-def _written(old: Session, new: Session, images: Sequence[Source], texts: Sequence[str]) -> list[Check]:
+def _written(
+    judged: Mapping[str, Sequence[Source]], old: Session, new: Session, images: Sequence[Source], texts: Sequence[str]
+) -> list[Check]:
     """One verb stands for all that are answered by the same decoder."""
     verb = next(v for v in ("caption", "ask") if isinstance(getattr(old.tasks, v), GenerateTask))
-    return _tokens(verb, old, new, images, texts)
+    return _tokens(verb, old, new, judged.get(verb, images), texts)
 
 
 def _classes(old: Session, new: Session, images: Sequence[Source], texts: Sequence[str]) -> list[Check]:

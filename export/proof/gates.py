@@ -86,7 +86,7 @@ def table(checks: Sequence[Check]) -> str:
     """A line per check, failures first."""
     rows = sorted(checks, key=lambda check: check.passed)
     return "\n".join(
-        f"{'ok' if check.passed else 'FAILS':<7}{check.name:<44}{check.value:>12.3g}"
+        f"{'ok' if check.passed else 'FAILS':<7}{check.name:<44}{check.value:>12.4g}"
         f"  {'at least' if check.at_least else 'at most'} {check.limit:g}"
         for check in rows
     )

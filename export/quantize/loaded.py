@@ -11,6 +11,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from edge_rsvlm.export.graphs.tensor_files import initialisers
+
 Model: TypeAlias = onnx.ModelProto
 SMALL_BYTES = 4096
 """Larger initialisers hold no shapes: nothing needs their values to know the types."""
@@ -20,7 +22,7 @@ INFERRED = ("onnx.infer", "onnxruntime.quant")
 
 def load_wide(path: Path) -> Model:
     """The graph with half-precision weights behind a Cast widened; tables that are gathered from stay as they are."""
-    model = onnx.load(path)
+    model = _whole(path)
     graph = model.graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     given = {value.name for value in graph.input}
@@ -39,6 +41,17 @@ def load_wide(path: Path) -> Model:
     for index, node in enumerate(graph.node):
         node.name = node.name or f"{node.op_type}_{index}"
     infer_types(model)
+    return model
+
+
+def _whole(path: Path) -> Model:
+    """With the tensors that lie beside it. ONNX's own loader refuses data with several hard links, which is how steps
+    of an export share theirs."""
+    model = onnx.load(path, load_external_data=False)
+    outside = [t for t in model.graph.initializer if onnx.external_data_helper.uses_external_data(t)]
+    arrays = initialisers(path) if outside else {}
+    for tensor in outside:
+        tensor.CopyFrom(numpy_helper.from_array(np.asarray(arrays[tensor.name]), tensor.name))
     return model
 
 

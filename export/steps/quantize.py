@@ -39,13 +39,19 @@ GraphProgress = Callable[[str, int, int], None]
 
 def chosen_precisions(recipe: Recipe, manifest: Manifest, draft: Path) -> dict[str, Precision]:
     """Of every graph: as the recipe says, else as its target does. UsageError names a graph that is not there."""
-    for name in recipe.precision:
-        if name not in manifest.graphs:
-            raise UsageError(
-                f"[precision] names '{name}', which is no graph of this model",
-                fix=f"graphs are {', '.join(manifest.graphs)}",
-            )
+    for section, names in (("precision", recipe.precision), ("tensorrt", recipe.tensorrt.graphs or ())):
+        for name in names:
+            if name not in manifest.graphs:
+                raise UsageError(
+                    f"[{section}] names '{name}', which is no graph of this model",
+                    fix=f"graphs are {', '.join(manifest.graphs)}",
+                )
     return {name: recipe.precision.get(name) or _by_target(recipe, manifest, draft, name) for name in manifest.graphs}
+
+
+def _for_tensorrt(recipe: Recipe, name: str) -> bool:
+    wanted = recipe.tensorrt.graphs
+    return "tensorrt" in recipe.engines and (wanted is None or name in wanted)
 
 
 def _by_target(recipe: Recipe, manifest: Manifest, draft: Path, name: str) -> Precision:
@@ -116,7 +122,7 @@ def quantize(
             continue
         progress(name, 0, 1)
         graph = fields["graphs"][name]
-        tensorrt = target / f"{name}.tensorrt.onnx" if "tensorrt" in recipe.engines else None
+        tensorrt = target / f"{name}.tensorrt.onnx" if _for_tensorrt(recipe, name) else None
         found = quantizer.graph(name, graph["file"], precision, tensorrt)
         metrics |= {f"{name} {key}": value for key, value in found.items()}
         graph["precision"] = precision
