@@ -33,7 +33,7 @@ def model_of(folder: Path, adapters: Sequence[tuple[Path, float]] = ()):
 
 
 @torch.no_grad()
-def generated(folder: Path, model, image, question: str) -> tuple[list[int], np.ndarray]:
+def generated(folder: Path, model, image, question: str | None) -> tuple[list[int], np.ndarray]:
     """Tokens of greedy generation, and the logits [T, V] that they were chosen by."""
     answer = model.generate(
         **prompt(folder, image, question), max_new_tokens=TOKENS, do_sample=False, return_dict_in_generate=True,
@@ -43,14 +43,16 @@ def generated(folder: Path, model, image, question: str) -> tuple[list[int], np.
     return answer.sequences[0, -len(logits) :].tolist(), logits
 
 
-def prompt(folder: Path, image, question: str) -> dict:
+def prompt(folder: Path, image, question: str | None) -> dict:
+    """Without a question, BLIP-2 goes on from nothing."""
     kind = AutoConfig.from_pretrained(folder).model_type
     if kind in NEEDS_TORCHVISION:
         return _prompt_by_hand(folder, kind, image, question)
     processor = AutoProcessor.from_pretrained(folder)
     if kind == "blip-2":
         processor.num_query_tokens = AutoConfig.from_pretrained(folder).num_query_tokens
-        return processor(images=image, text=f"Question: {question} Answer:", return_tensors="pt")
+        asked = {} if question is None else {"text": f"Question: {question} Answer:"}
+        return processor(images=image, **asked, return_tensors="pt")
     if kind == "llava":
         processor.num_additional_image_tokens = 1  # CLIP's class token, which old checkpoints do not mention
     if kind == "idefics3":
