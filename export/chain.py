@@ -132,6 +132,9 @@ class Chain:
             assert self.resolution is not None
         if language := self._language(self.source, ModelWeights(self.checkpoint.config, self.tensors)):
             language.check()
+            if self.recipe.kept:
+                fix = "merge them (keep = false), or take an onnx target"
+                raise UsageError("llama.cpp has no adapters to switch", fix=fix)
             if self.recipe.goal is not None:
                 raise UsageError("a goal chooses among graphs, and llama.cpp has none", fix="give an onnx target")
 
@@ -205,7 +208,7 @@ class Chain:
             self._gate(compared)
             return metrics
 
-        return self._step(PARITY, {"allow": list(self.recipe.allow)}, [checked, compiled], make)
+        return self._step(PARITY, {"allowed": PARITY in self.recipe.allow}, [checked, compiled], make)
 
     def _gate(self, compared: Parity) -> None:
         if all(check.passed for check in compared.checks) or PARITY in self.recipe.allow:

@@ -207,9 +207,10 @@ class Recipe(Model):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides how graphs and manifest come out, beside the checkpoint and its adapters."""
-        said = self.model_dump(mode="json", include={"target", "bundle", "prompts", "boxes", "images"})
-        return {**said, "name": self.name}
+        """What decides how graphs and manifest are compiled, beside the checkpoint and its adapters: another target of
+        fewer bits begins with the same."""
+        said = self.model_dump(mode="json", include={"bundle", "prompts", "boxes", "images"})
+        return {**said, "stored": self.stored, "name": self.name}
 
     @property
     def name(self) -> str:

@@ -2,207 +2,42 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs torch: not installed")
-transformers = pytest.importorskip("transformers", reason="needs transformers: not installed")
+pytest.importorskip("transformers", reason="needs transformers: not installed")
 pytest.importorskip("onnxscript", reason="needs onnxscript: not installed")
 pytest.importorskip("sentencepiece", reason="needs sentencepiece: not installed")
 
-from PIL import Image  # noqa: E402
-
-from edge_rsvlm.config.manifest import GenerateTask  # noqa: E402
-from edge_rsvlm.errors import UsageError  # noqa: E402
-from edge_rsvlm.export.families.base import Source  # noqa: E402
-from edge_rsvlm.export.families.blip_2 import Blip2  # noqa: E402
 from edge_rsvlm.export.families.causal_decoder import causal_mask  # noqa: E402
-from edge_rsvlm.export.families.generation import greedy, image_token  # noqa: E402
-from edge_rsvlm.export.families.idefics3 import Idefics3, position_ids, tokens_per_tile  # noqa: E402
-from edge_rsvlm.export.families.image_processors import load_image_processor  # noqa: E402
-from edge_rsvlm.export.families.llava import Llava  # noqa: E402
-from edge_rsvlm.export.families.qwen2_vl import Qwen2VL  # noqa: E402
+from edge_rsvlm.export.families.idefics3 import position_ids  # noqa: E402
 from edge_rsvlm.export.families.tokenizers import load_tokenizer, tokenizer_json  # noqa: E402
-from edge_rsvlm.tasks.decoder import Decoder, OnnxLanguage  # noqa: E402
+from edge_rsvlm.tasks.decoder import OnnxLanguage  # noqa: E402
 from edge_rsvlm.tasks.generate import Generator, Vision  # noqa: E402
-from edge_rsvlm.tasks.prompt import Layout, grid, mrope_positions, sequence_positions, write_image  # noqa: E402
 from edge_rsvlm.tiles.prepare import prepare  # noqa: E402
 from tests import tiny_generators as tiny  # noqa: E402
-
-QUESTION = "how many airplanes are there?"
-SIZES_HW = ((90, 130), (200, 56), (33, 310))
-FAMILIES = {"llava": Llava(), "idefics3": Idefics3(), "smolvlm": Idefics3(), "blip-2": Blip2()}
-FAMILIES |= {"qwen2_vl": Qwen2VL(), "qwen2_5_vl": Qwen2VL()}
-MAKERS = {
-    "llava": tiny.llava,
-    "idefics3": tiny.idefics3,
-    "smolvlm": lambda folder: tiny.idefics3(folder, smol=True),
-    "qwen2_vl": tiny.qwen,
-    "qwen2_5_vl": lambda folder: tiny.qwen(folder, version="qwen2_5_vl"),
-    "blip-2": tiny.blip_2,
-}
-
-
-@dataclass
-class Made:
-    """A checkpoint, its family, and transformers' own model of it."""
-
-    source: Source
-    model: torch.nn.Module
-
-    @property
-    def family(self):
-        return FAMILIES[self.source.config.model_type]
-
-
-@dataclass
-class Prepared:
-    pixels_KCHW: np.ndarray
-    rows: int = 1
-    cols: int = 1
-
-
-class TorchSession:
-    """A graph before it is traced."""
-
-    def __init__(self, plan, model):
-        self.plan, self.module = plan, plan.wrap(model).eval()
-
-    def run(self, inputs, outputs):
-        given = [torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in self.plan.inputs]
-        with torch.no_grad():
-            found = self.module(*given)
-        found = dict(zip(self.plan.outputs, found if isinstance(found, tuple) else (found,), strict=True))
-        return [found[name].numpy() for name in outputs]
-
-
-class OnnxSession:
-    def __init__(self, plan, model, file):
-        ort = pytest.importorskip("onnxruntime", reason="needs onnxruntime: not installed")
-        module = plan.wrap(model).eval()
-        free = torch.export.Dim.DYNAMIC
-        shapes = [{k: free for k, size in enumerate(spec.shape) if isinstance(size, str)} for spec in plan.inputs]
-        named = sum(p.kind is not p.VAR_POSITIONAL for p in inspect.signature(module.forward).parameters.values())
-        shapes = (*shapes[:named], *([tuple(shapes[named:])] if shapes[named:] else []))
-        torch.onnx.export(
-            module, tuple(map(self.example, plan.inputs, [plan.sizes] * len(plan.inputs))), file,
-            input_names=[spec.name for spec in plan.inputs], output_names=list(plan.outputs), dynamic_shapes=shapes,
-            dynamo=True, opset_version=20, external_data=False, verbose=False,
-        )  # fmt: skip
-        self.session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-
-    @staticmethod
-    def example(spec, sizes):
-        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-        return torch.zeros(shape, dtype=spec.dtype)
-
-    def run(self, inputs, outputs):
-        return self.session.run(list(outputs), dict(inputs))
-
-
-def load(folder: Path) -> Made:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model_class = FAMILIES[config.model_type].model_class(config)
-    return Made(Source(folder, config), model_class.from_pretrained(folder).eval())
+from tests.generator_checks import (  # noqa: E402
+    MAKERS,
+    QUESTION,
+    SIZES_HW,
+    OnnxSession,
+    assert_same,
+    features_of,
+    load,
+    made_in,
+    prepared,
+    scene,
+    task_of,
+    torch_sessions,
+)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A family's checkpoint by name, made once."""
-    return cache(lambda name: load(MAKERS[name](tmp_path_factory.mktemp(name))))
-
-
-def torch_sessions(made: Made) -> dict:
-    return {plan.name: TorchSession(plan, made.model) for plan in made.family.graphs(made.source)}
-
-
-def scene(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Blobs, so that what a resize keeps differs from image to image."""
-    noise = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def prepared(made: Made, image_HWC: np.ndarray) -> Prepared:
-    """The image as transformers prepares it, in the layout of our graphs."""
-    options = {"return_row_col_info": True} if isinstance(made.family, Idefics3) else {}
-    found = load_image_processor(made.source.folder)(Image.fromarray(image_HWC), return_tensors="np", **options)
-    pixels = np.asarray(found["pixel_values"], np.float32)
-    if "rows" in found:
-        return Prepared(pixels[0], max(int(found["rows"][0][0]), 1), max(int(found["cols"][0][0]), 1))
-    if "image_grid_thw" in found:
-        _, rows, cols = found["image_grid_thw"][0]
-        patches = pixels.reshape(rows // 2, cols // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, :, 0]
-        pixels = patches.transpose(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, rows * 14, cols * 14)
-    return Prepared(pixels)
-
-
-def features_of(made: Made, image_HWC: np.ndarray) -> np.ndarray:
-    """Visual tokens [T, D] as transformers computes them."""
-    inputs = made.family.inputs(made.source, Image.fromarray(image_HWC), QUESTION)
-    wanted = {
-        name: inputs[name] for name in ("pixel_values", "image_grid_thw", "pixel_attention_mask") if name in inputs
-    }
-    with torch.no_grad():
-        found = made.model.get_image_features(**wanted).pooler_output
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in found]).numpy()
-
-
-def task_of(made: Made, verb: str = "ask") -> GenerateTask:
-    fields = made.family.describe(made.source).tasks[verb]
-    return GenerateTask.model_validate({**fields, "memory": {"session_bytes": 1, "tile_bytes": 1}})
-
-
-def layout_of(image: Prepared) -> Layout:
-    return Layout(len(image.pixels_KCHW), image.rows, image.cols, image.pixels_KCHW.shape[2:])
-
-
-def prompt_ids(made: Made, task: GenerateTask, image: Prepared, text: str) -> np.ndarray:
-    from tokenizers import Tokenizer
-
-    written = task.prompt.replace("{image}", write_image(task.visual, layout_of(image))).replace("{text}", text)
-    tokenizer = Tokenizer.from_str(tokenizer_json(load_tokenizer(made.source.folder)).decode())
-    return np.array(tokenizer.encode(written, add_special_tokens=task.tokenizer.add_special_tokens).ids)
-
-
-def answer(made: Made, sessions: dict, image_HWC: np.ndarray, text: str = QUESTION, chunk: int = 10**6):
-    """Logits of the first token and 16 greedy tokens, read in chunks, by the manifest's fields only."""
-    task, image = task_of(made), prepared(made, image_HWC)
-    ids = prompt_ids(made, task, image, text)
-    (features,) = sessions["image"].run({"tiles": image.pixels_KCHW}, ["features"])
-    features = features.reshape(1, -1, features.shape[-1])
-    if task.visual.token is None:
-        ids = np.concatenate([np.full(features.shape[1], -1), ids])
-        visual = ids == -1
-    else:
-        visual = ids == made.source.config.image_token_id
-    (embeds,) = sessions["embed"].run({"input_ids": np.maximum(ids, 0)[None]}, ["inputs_embeds"])
-    embeds[:, visual] = features
-    if task.positions == "mrope":
-        positions = mrope_positions(visual, grid(task.visual, layout_of(image).tile_hw))
-    else:
-        positions = sequence_positions(len(ids))
-    decoder = Decoder(task.decoder.cache, sessions["decoder"], frozenset({"position_ids"}), 1)
-    for start in range(0, len(ids), chunk):
-        logits = decoder.read(embeds[:, start : start + chunk], positions[..., start : start + chunk])
-    first, tokens = logits[0], [int(logits.argmax())]
-    while len(tokens) < 16 and tokens[-1] not in task.eos_ids:
-        (embeds,) = sessions["embed"].run({"input_ids": np.array([tokens[-1:]])}, ["inputs_embeds"])
-        tokens.append(int(decoder.go_on(embeds, np.arange(1)).argmax()))
-    return first, tokens
-
-
-def assert_same(made: Made, sessions: dict, image_HWC: np.ndarray, **how) -> list[int]:
-    expected = made.family.reference(made.source, made.model, image_HWC, QUESTION)
-    logits, tokens = answer(made, sessions, image_HWC, **how)
-    np.testing.assert_allclose(logits, expected["logits"], atol=1e-4)
-    assert tokens == expected["tokens"].tolist()
-    return tokens
+    return partial(made_in, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
@@ -312,42 +147,6 @@ def test_mask_of_windows():
     assert (mask == 0).tolist() == [[False, False, True, True, False], [False, False, False, True, True]]
 
 
-@pytest.mark.parametrize("name", sorted(MAKERS))
-def test_prompt_is_what_the_processor_writes(checkpoint, name):
-    """Ids of the manifest's one string equal those of transformers, BOS exactly once."""
-    made = checkpoint(name)
-    task = task_of(made)
-    for size in SIZES_HW:
-        image = scene(*size)
-        expected = made.family.inputs(made.source, Image.fromarray(image), QUESTION)["input_ids"][0].tolist()
-        ids = prompt_ids(made, task, prepared(made, image), QUESTION).tolist()
-        assert ids == expected
-        bos = load_tokenizer(made.source.folder).bos_token_id
-        assert ids.count(bos) == (0 if bos is None else 1)
-
-
-def test_processors_agree(checkpoint):
-    """Where transformers' own processor can be built, it makes the same inputs as ``inputs``."""
-    built = {
-        "idefics3": lambda images, words: transformers.Idefics3Processor(images, words, image_seq_len=25),
-        "blip-2": lambda images, words: transformers.Blip2Processor(images, words, num_query_tokens=5),
-    }
-    for name, processor in built.items():
-        made = checkpoint(name)
-        words, images = load_tokenizer(made.source.folder), load_image_processor(made.source.folder)
-        prompts = {"idefics3": f"<|begin_of_text|>User:<image>{QUESTION}<end_of_utterance>\nAssistant:"}
-        prompt = prompts.get(name, f"Question: {QUESTION} Answer:")
-        image = Image.fromarray(scene(90, 130))
-        found = processor(images, words)(
-            images=image, text=prompt, return_tensors="pt", add_special_tokens=name == "blip-2"
-        )
-        with torch.no_grad():
-            expected = greedy(made.model, dict(found), task_of(made, "ask").eos_ids)
-        answered = made.family.reference(made.source, made.model, np.asarray(image), QUESTION)
-        np.testing.assert_array_equal(answered["logits"], expected["logits"])
-        assert answered["tokens"].tolist() == expected["tokens"].tolist()
-
-
 def test_runtime_answers(checkpoint, tmp_path):
     """From the image's bytes to words, the runtime says what transformers says."""
     for name in sorted(MAKERS):
@@ -369,107 +168,3 @@ def test_runtime_answers(checkpoint, tmp_path):
         expected = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
         ours = prepare(image, task.input.prepare, task.input.mean, task.input.std)
         assert generator([ours], QUESTION) == [expected]
-
-
-def test_captions_and_boxes(checkpoint):
-    made = checkpoint("llava")
-    tasks = made.family.describe(made.source).tasks
-    assert set(tasks) == {"caption", "ask"}
-    assert tasks["caption"]["prompt"] == "USER: {image}\nDescribe this image in one sentence. ASSISTANT:"
-    assert task_of(checkpoint("blip-2"), "caption").prompt == ""
-    assert task_of(checkpoint("qwen2_vl"), "ground").boxes.scale == 1000
-    boxes = task_of(checkpoint("qwen2_5_vl"), "ground").boxes
-    assert boxes.scale is None and boxes.open == '"bbox_2d": ['
-
-
-def test_blip_2_captions(checkpoint):
-    """An empty prompt is what ``generate`` starts from without a text."""
-    made = checkpoint("blip-2")
-    image = scene(90, 130)
-    pixels = made.family.inputs(made.source, Image.fromarray(image), "")["pixel_values"]
-    ends = task_of(made, "caption").eos_ids
-    expected = greedy(made.model, {"pixel_values": pixels}, ends)
-    assert prompt_ids(made, task_of(made, "caption"), prepared(made, image), "").tolist() == [
-        made.source.config.text_config.bos_token_id
-    ]
-    bos = torch.tensor([[made.source.config.image_token_index] * 5 + [made.source.config.text_config.bos_token_id]])
-    found = greedy(made.model, {"pixel_values": pixels, "input_ids": bos}, ends)
-    np.testing.assert_array_equal(found["logits"], expected["logits"])
-
-
-def test_eos(checkpoint, tmp_path):
-    made = checkpoint("qwen2_vl")
-    folder = tiny.qwen(tmp_path)
-    for written, expected in (([5, 9], (5, 9)), (7, (7,))):
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": written}))
-        assert task_of(Made(Source(folder, made.source.config), made.model)).eos_ids == expected
-    (folder / "generation_config.json").unlink()
-    assert task_of(Made(Source(folder, made.source.config), made.model)).eos_ids == (
-        load_tokenizer(folder).eos_token_id,
-    )
-
-
-TEMPLATES = {
-    "list": (
-        "chat_template.json",
-        json.dumps({"chat_template": tiny.LLAVA_TEMPLATE}),
-        "USER: {image}\n{text} ASSISTANT:",
-    ),
-    "text only": (
-        "chat_template.jinja",
-        "{% for m in messages %}[{{ m['content'] | trim }}]{% endfor %}",
-        "[{image}\n{text}]",
-    ),
-    "strict about text": (
-        "chat_template.jinja",
-        "{% for m in messages %}{% if m['content'] is not string %}{{ raise_exception('no') }}{% endif %}"
-        "<s>{{ m['content'] }}{% endfor %}",
-        "<s>{image}\n{text}",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_templates(name, tmp_path):
-    folder = tiny.llava(tmp_path)
-    file, content, expected = TEMPLATES[name]
-    (folder / "chat_template.jinja").unlink()
-    (folder / file).write_text(content)
-    made = load(folder)
-    task = task_of(made)
-    assert task.prompt == expected
-    assert task.tokenizer.add_special_tokens == (not expected.startswith("<s>"))
-    assert_same(made, torch_sessions(made), scene(90, 130))
-
-
-def test_no_template(tmp_path):
-    folder = tiny.llava(tmp_path)
-    (folder / "chat_template.jinja").unlink()
-    made = load(folder)
-    assert task_of(made).prompt == "USER: {image}\n{text} ASSISTANT:"
-    assert_same(made, torch_sessions(made), scene(90, 130))
-
-
-def test_refusals(checkpoint, tmp_path):
-    made = checkpoint("llava")
-    folder = tiny.llava(tmp_path / "a")
-    (folder / "chat_template.jinja").write_text("hello")
-    with pytest.raises(UsageError, match="chat template"):
-        task_of(Made(Source(folder, made.source.config), made.model))
-    config = transformers.AutoConfig.from_pretrained(made.source.folder)
-    config.image_token_index = 10_000
-    with pytest.raises(UsageError, match="no token of the number 10000"):
-        image_token(Source(folder, config), load_tokenizer(folder))
-    config.vision_config.model_type = "pixtral"
-    with pytest.raises(UsageError, match="pixtral"):
-        made.family.graphs(Source(folder, config))
-    t5 = transformers.Blip2Config(text_config={"model_type": "t5", "d_model": 16})
-    with pytest.raises(UsageError, match="t5"):
-        Blip2().model_class(t5)
-    with pytest.raises(UsageError, match="60 px are 15 x 15"):
-        config_3 = transformers.Idefics3Config(vision_config={"patch_size": 4}, scale_factor=2)
-        tokens_per_tile(config_3, 60)
-    with pytest.raises(UsageError, match="chunked_attention"):
-        config.vision_config.model_type = "clip_vision_model"
-        config.text_config.layer_types = ["chunked_attention"] * 2
-        made.family.graphs(Source(folder, config))[-1].wrap(made.model)

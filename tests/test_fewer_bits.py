@@ -86,6 +86,18 @@ def test_a_decoder_in_4_bits_answers(tmp_path):
     assert shown.exception is None
 
 
+def test_another_target_goes_on_from_the_same_steps(tmp_path):
+    (tmp_path / "c").mkdir()
+    checkpoint = tiny_checkpoints.clip(tmp_path / "c")
+    made = {}
+    for target in ("onnx:f16", "onnx:int8"):
+        done = run("export", "run", recipe(tmp_path, checkpoint, target, allow='["accuracy"]'))
+        assert done.exception is None, done.exception
+        files = [tmp_path / "steps" / step / "artifact.json" for step in ("checkpoint", "compile_onnx", "parity")]
+        made[target] = [path.stat().st_mtime_ns for path in files]
+    assert made["onnx:f16"] == made["onnx:int8"]
+
+
 def test_what_costs_too_much_is_not_bundled(tmp_path, monkeypatch):
     from edge_rsvlm.export.proof import accuracy
 
@@ -164,6 +176,15 @@ def test_a_goal_of_size_is_met_by_a_mix(tmp_path):
     assert "chosen" in (kept / "front.txt").read_text()
     search = next(step for step in manifest(tmp_path)["steps"] if step["step"] == "search")
     assert search["metrics"]["goal"] == "size=10MiB"
+
+
+def test_llama_switches_no_adapters(tmp_path):
+    (tmp_path / "c").mkdir()
+    tiny_generators.llava(tmp_path / "c")
+    wanted = recipe(tmp_path, tmp_path / "c", "gguf:Q8_0")
+    wanted.write_text(wanted.read_text() + '[[adapters]]\npath = "lora"\nkeep = true\n')
+    made = run("export", "run", wanted)
+    assert "no adapters to switch" in str(made.exception) and not (tmp_path / "steps").exists()
 
 
 def test_a_goal_is_not_for_llama(tmp_path):

@@ -25,6 +25,8 @@ from edge_rsvlm.engines.llama import LlamaLanguage  # noqa: E402
 from edge_rsvlm.engines.llama_vision import LlamaVision  # noqa: E402
 from edge_rsvlm.errors import UsageError  # noqa: E402
 from edge_rsvlm.export.default.family import Default  # noqa: E402
+from edge_rsvlm.export.families.base import Description  # noqa: E402
+from edge_rsvlm.export.families.generation import PARITY_TOKENS  # noqa: E402
 from edge_rsvlm.export.families.image_processors import load_image_processor  # noqa: E402
 from edge_rsvlm.export.gguf.projector import can_see, prompt_around, write_projector  # noqa: E402
 from edge_rsvlm.export.recipe import Recipe  # noqa: E402
@@ -37,6 +39,7 @@ from edge_rsvlm.export.steps.compile_gguf import (  # noqa: E402
     decoder_graph,
 )
 from edge_rsvlm.tasks.gguf import GgufGenerator, eight_bits  # noqa: E402
+from edge_rsvlm.tasks.search import Sampling  # noqa: E402
 from edge_rsvlm.tiles.prepare import prepare  # noqa: E402
 from tests import tiny_generators as tiny  # noqa: E402
 from tests.gguf_models import Made, read, relative  # noqa: E402
@@ -198,9 +201,6 @@ def test_text_models_alone_leave_the_graphs_that_see(made):
     }  # fmt: skip
     shared = Manifest.model_validate(fields | {"tasks": fields["tasks"] | {"detect": detect}})
     assert alone.replaces(shared) == ("decoder",)
-    kept = Manifest.model_validate(fields | {"adapters": {"harbour": {"file": "harbour.npz", "parameters": 1}}})
-    with pytest.raises(UsageError, match="no adapters to switch"):
-        hybrid.replaces(kept)
     recipe = Recipe(checkpoint=Path("tiny"), out=Path("out"), target="gguf:F16", precision={"decoder": "f16"})
     with pytest.raises(UsageError, match="names 'decoder', whose work"):
         step._replaced(hybrid, manifest, recipe)
@@ -287,18 +287,33 @@ def test_settings_that_change_pictures_or_words_are_refused(made, monkeypatch):
         prompt_around(case.family, case.source, "{image}{text}")
 
 
-def test_check_tells_before_the_work(made, tmp_path):
+def test_check_tells_before_the_work(made, tmp_path, monkeypatch):
     case = read(tiny.llava(tmp_path / "clip"), tmp_path / FILE)
     LanguageWriter(case.family, case.source, case.weights).check()
     with pytest.raises(UsageError, match="confuses the patches"):
         LanguageWriter(case.family, case.source, case.weights, "mmproj").check()
+    case = made("qwen2_vl")
+    beams = Description({}, {"ask": {"beams": 3}}, {})
+    monkeypatch.setattr(type(case.family), "describe", lambda *_: beams)
+    with pytest.raises(UsageError, match="one beam"):
+        LanguageWriter(case.family, case.source, case.weights, "mmproj").check()
+
+
+def test_repetitions_are_penalised_as_by_transformers(tmp_path):
+    """Greedy answers of 16 tokens, which the penalty of the checkpoint's own settings makes others."""
     folder = tiny.qwen(tmp_path / "qwen")
     path = folder / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.05}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.4}))
     case = read(folder, tmp_path / "qwen.gguf")
-    LanguageWriter(case.family, case.source, case.weights).check()
-    with pytest.raises(UsageError, match="no repetition penalty"):
-        LanguageWriter(case.family, case.source, case.weights, "mmproj").check()
+    LanguageWriter(case.family, case.source, case.weights, "mmproj").check()
+    spec, seeing, image_HWC = GgufTask.model_validate(task_of(case)), vision(case, "F32"), scene(*SIZES_HW[0])
+    image = prepare(image_HWC, spec.input.prepare, spec.input.mean, spec.input.std)
+    chosen = Sampling(0.0, max_tokens=PARITY_TOKENS)
+    (found,) = GgufGenerator(spec, seeing).tokens([image], QUESTION, chosen)
+    wanted = case.family.reference(case.source, case.model, image_HWC, QUESTION)["tokens"]
+    np.testing.assert_array_equal(found, wanted)
+    free = spec.model_copy(update={"repetition_penalty": 1.0})
+    assert GgufGenerator(free, seeing).tokens([image], QUESTION, chosen)[0].tolist() != found.tolist()
 
 
 @pytest.mark.skipif(not os.environ.get("EDGE_RSVLM_SLOW"), reason="needs EDGE_RSVLM_SLOW=1: a minute")

@@ -144,6 +144,31 @@ def test_a_model_reads_again_as_if_it_were_new(model):
     np.testing.assert_array_equal(first, again)
 
 
+def test_words_before_an_image_are_read_once(model, monkeypatch):
+    """A prompt that begins as the last one did goes on from there, and says what it would on its own."""
+    from edge_rsvlm.engines.llama_context import Context
+
+    passes, run_pass = [], Context.run
+    monkeypatch.setattr(Context, "run", lambda *given: passes.append(given[1].native.n_tokens) or run_pass(*given))
+    runs, asked = language(model, beams=3), prompt(images=2)
+    fresh, _ = runs.start(asked)
+    assert passes == [2, 6, 6]
+    others = Prompt(asked.ids_S, asked.visual_S, asked.visual_NTD[::-1], asked.positions)
+    _, advance = runs.start(others)
+    advance(np.array([40, 50]), np.arange(2))
+    passes.clear()
+    again, advance = runs.start(asked)
+    assert passes == [6, 6]
+    np.testing.assert_array_equal(again, fresh)
+    # Another count of images, and rows that part: all is read again.
+    runs.start(prompt(images=1))
+    advance = runs.start(asked)[1]
+    advance(np.array([40, 50]), np.array([1, 1]))
+    passes.clear()
+    np.testing.assert_array_equal(runs.start(asked)[0], fresh)
+    assert passes == [2, 6, 6]
+
+
 def test_rotary_positions_of_rows_and_columns(tmp_path):
     weights = tiny_gguf.text_weights(biased=True)
     path = tiny_gguf.write_text(tmp_path / "qwen.gguf", weights, mrope=True)
@@ -208,12 +233,13 @@ def test_a_projector_sees(seeing):
     assert len(whole) == seeing.tokens(picture(), words) < 256
     # Four tiles and the overview, of 16 visual tokens each.
     assert [len(part.visual_TD) for part in parts if part.visual_TD is not None] == [16] * 5
-    logits, advance = seeing.start(picture(), words)
+    logits, advance, read = seeing.start(picture(), words)
+    np.testing.assert_array_equal(read, np.concatenate([part.ids_T for part in parts if part.visual_TD is None]))
     after = advance(np.array([40]), np.array([0]))
     embeds = np.concatenate([whole, weights["token_embd.weight"][[40]]])
     wanted = tiny_gguf.reference_logits(weights, embeds, np.arange(len(embeds)))
     assert off(np.concatenate([logits, after]), wanted[-2:]) < 2 * TOLERANCE  # more is read
-    other, _ = seeing.start(255 - picture(), words)
+    other, *_ = seeing.start(255 - picture(), words)
     assert off(other, logits) > 0.05 and tiny_gguf.END in seeing.ends
 
 
@@ -259,6 +285,16 @@ def test_answers_of_a_model_that_sees(seeing):
     assert asked([prepared()], "what?") == [seeing.text(answers[0].tolist()).strip()]
     warm = Sampling(temperature=1.0, seed=3, max_tokens=4)
     assert len(asked.tokens([prepared()], "what?", warm)[0]) <= 4
+
+
+def test_repeated_tokens_are_penalised(seeing):
+    """Those of the prompt from the first token on, and each of the answer from the next."""
+    answer = np.array([40, 40])
+    free, less = (generator(seeing, repetition_penalty=by).follow(prepared(), "what?", answer) for by in (1.0, 2.0))
+    changed = [set(np.flatnonzero(logits).tolist()) for logits in free != less]
+    *_, read = seeing.start(picture(), asked_of(seeing))
+    assert changed == [set(read.tolist()), {*read.tolist(), 40}] and 40 not in changed[0]
+    np.testing.assert_allclose(less[1, 40], free[1, 40] * (2 if free[1, 40] < 0 else 0.5))
 
 
 def test_questions_that_cannot_be_asked(seeing):
@@ -342,6 +378,17 @@ captions = []
 session.caption(sys.argv[2], lambda record, _: captions.append(record))
 print(plans[0].batch, plans[0].total_bytes, peak, len(captions))
 """
+
+
+def test_a_decoder_beside_graphs_penalises_repetition(needs, tmp_path):
+    """As every other one, by the field of the task."""
+    needs("onnx")
+    asked = ("caption", SCENE, "--allow-unsigned", "--json")
+    said = []
+    for penalty in (1.0, 1e6):
+        bundle = llama_bundles.hybrid(tmp_path / f"{penalty}", repetition_penalty=penalty, max_tokens=40)
+        said.append(json.loads(run(*asked, "--bundle", bundle).stdout)["caption"])
+    assert said[0] != said[1]
 
 
 def off_by_name(name: str, found: str | None):

@@ -6,8 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
-from functools import cache
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,20 +20,15 @@ pytest.importorskip("onnxscript", reason="needs onnxscript: not installed")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from PIL import Image  # noqa: E402
-from torch import nn  # noqa: E402
 
 from edge_rsvlm.config.manifest import GenerateTask, Graph, MatchTask  # noqa: E402
 from edge_rsvlm.engines.onnxruntime import OnnxRuntimeEngine  # noqa: E402
-from edge_rsvlm.errors import InputError, UsageError  # noqa: E402
-from edge_rsvlm.export.families.base import Source  # noqa: E402
+from edge_rsvlm.errors import InputError  # noqa: E402
 from edge_rsvlm.export.families.clip import Clip  # noqa: E402
-from edge_rsvlm.export.families.idefics3 import Idefics3, Idefics3Vision, position_ids  # noqa: E402
 from edge_rsvlm.export.families.image_processors import load_image_processor  # noqa: E402
-from edge_rsvlm.export.families.llava import Llava, LlavaVision  # noqa: E402
-from edge_rsvlm.export.families.siglip import Siglip  # noqa: E402
 from edge_rsvlm.export.families.tokenizers import load_tokenizer  # noqa: E402
 from edge_rsvlm.export.onnx_folder.graphs import cut, inputs_of  # noqa: E402
-from edge_rsvlm.export.onnx_folder.reading import layout, read_onnx_folder  # noqa: E402
+from edge_rsvlm.export.onnx_folder.reading import read_onnx_folder  # noqa: E402
 from edge_rsvlm.pipeline.runtime import RoleSession  # noqa: E402
 from edge_rsvlm.tasks.decoder import OnnxLanguage, cache_names  # noqa: E402
 from edge_rsvlm.tasks.generate import Generator, Vision  # noqa: E402
@@ -42,6 +36,8 @@ from edge_rsvlm.tasks.match import Matcher  # noqa: E402
 from edge_rsvlm.tasks.text import Texts  # noqa: E402
 from edge_rsvlm.tiles.prepare import prepare  # noqa: E402
 from tests import tiny_checkpoints, tiny_generators  # noqa: E402
+from tests.onnx_exports import Tower, export, load, made_in, without_weights  # noqa: E402
+from tests.onnx_graphs import decoder_graph, embed_graph, save  # noqa: E402
 
 MEMORY = {"session_bytes": 1, "tile_bytes": 1}
 QUESTION = "how many airplanes are there?"
@@ -53,176 +49,9 @@ def scene(height, width):
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
 
-# Making exports
-
-
-def export(module, path, given, outputs, free):
-    """By the exporter that optimum uses. ``given`` are examples by input name, ``free`` their open dimensions."""
-    path.parent.mkdir(exist_ok=True)
-    names = [name for key, value in given.items() for name in ([key] if torch.is_tensor(value) else value.names)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is constant in a trace, and of the exporter's age
-        torch.onnx.export(
-            module.eval(), tuple(given.values()), path, input_names=names, output_names=list(outputs), dynamo=False,
-            dynamic_axes={name: {k: f"{name}_{k}" for k in free[name]} for name in (*names, *outputs) if name in free},
-            opset_version=18,
-        )  # fmt: skip
-
-
-class Past(list):
-    """Caches, as one argument of a module."""
-
-    def __init__(self, names, tensors):
-        super().__init__(tensors)
-        self.names = names
-
-
-class WholeClip(nn.Module):
-    """What optimum's zero-shot-image-classification exports."""
-
-    def __init__(self, model, masked):
-        super().__init__()
-        self.model, self.masked = model, masked
-
-    def forward(self, input_ids, pixel_values, attention_mask=None):
-        more = {"attention_mask": attention_mask} if self.masked else {}
-        found = self.model(input_ids=input_ids, pixel_values=pixel_values, **more)
-        return found.logits_per_image, found.logits_per_text, found.text_embeds, found.image_embeds
-
-
-class Tower(nn.Module):
-    """One half, with the outputs of CLIPTextModelWithProjection and the like."""
-
-    def __init__(self, model, side):
-        super().__init__()
-        self.model, self.side = model, side
-
-    def forward(self, given):
-        name = "input_ids" if self.side == "text" else "pixel_values"
-        return getattr(self.model, f"get_{self.side}_features")(**{name: given}).pooler_output
-
-
-def load(folder, family):
-    config = transformers.AutoConfig.from_pretrained(folder)
-    return Source(folder, config), family.model_class(config).from_pretrained(folder).eval()
-
-
-def without_weights(folder):
-    for path in folder.glob("*.safetensors"):
-        path.unlink()
-
-
-def whole_clip(folder, family, make, masked):
-    make(folder)
-    source, model = load(folder, family)
-    given = {"input_ids": torch.full((2, 64 if family.pads else 7), 5), "pixel_values": torch.randn(3, 3, 64, 64)}
-    free = {"input_ids": (0,) if family.pads else (0, 1), "pixel_values": (0,), "attention_mask": (0, 1)}
-    if masked:
-        given |= {"attention_mask": torch.ones(2, 7, dtype=torch.long)}
-    names = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
-    export(WholeClip(model, masked), folder / "onnx" / "model.onnx", given, names, free)
-    without_weights(folder)
-    return SimpleNamespace(folder=folder, source=source, model=model)
-
-
-class HubVision(nn.Module):
-    """SmolVLM's vision_encoder: images of a conversation, and a mask of their pixels, which must be whole."""
-
-    def __init__(self, model, positions):
-        super().__init__()
-        self.vision = Idefics3Vision(model, positions)
-
-    def forward(self, pixel_values, pixel_attention_mask):
-        features = self.vision(pixel_values.flatten(0, 1))
-        return features * pixel_attention_mask.flatten(0, 1).flatten(1).all(dim=1)[:, None, None]
-
-
-class HubDecoder(nn.Module):
-    """decoder_model_merged: a mask over what is past and new, and the logits of every new token."""
-
-    def __init__(self, body, head):
-        super().__init__()
-        self.body, self.head = body, head
-
-    def forward(self, inputs_embeds, attention_mask, position_ids, past):
-        cache = transformers.DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        new, every = inputs_embeds.shape[1], attention_mask.shape[1]
-        seen = torch.arange(every) <= torch.arange(new)[:, None] + every - new
-        scores = torch.where(seen & attention_mask[:, None, None].bool(), 0.0, -3e4)
-        found = self.body(
-            inputs_embeds=inputs_embeds, attention_mask=scores, position_ids=position_ids, past_key_values=cache,
-            use_cache=True,
-        )  # fmt: skip
-        return (self.head(found.last_hidden_state), *(part for keys, values, _ in cache for part in (keys, values)))
-
-
-def text_graphs(folder, family, source, model):
-    text, words = family.text_model(model), source.config.text_config
-    heads, size, layers = words.num_key_value_heads, words.hidden_size // words.num_attention_heads, 2
-    names = [f"past_key_values.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    export(
-        text.embed, folder / "onnx" / "embed_tokens.onnx", {"input_ids": torch.zeros(2, 7, dtype=torch.long)},
-        ["inputs_embeds"], {"input_ids": (0, 1)},
-    )  # fmt: skip
-    given = {
-        "inputs_embeds": torch.randn(2, 7, words.hidden_size),
-        "attention_mask": torch.ones(2, 12, dtype=torch.long),
-        "position_ids": torch.arange(5, 12).repeat(2, 1),
-        "past": Past(names, [torch.randn(2, heads, 5, size) for _ in names]),
-    }
-    export(
-        HubDecoder(text.body, text.head), folder / "onnx" / "decoder_model_merged.onnx", given,
-        ["logits", *(name.replace("past_key_values", "present") for name in names)],
-        {**dict.fromkeys(given, (0, 1)), **dict.fromkeys(names, (0, 2))},
-    )  # fmt: skip
-    without_weights(folder)
-    return SimpleNamespace(folder=folder, family=family, source=source, model=model)
-
-
-def smolvlm(folder):
-    family = Idefics3()
-    tiny_generators.idefics3(folder, smol=True, tile_px=60)
-    source, model = load(folder, family)
-    export(
-        HubVision(model, position_ids(100, 4, 60)), folder / "onnx" / "vision_encoder.onnx",
-        {"pixel_values": torch.randn(2, 3, 3, 60, 60), "pixel_attention_mask": torch.ones(2, 3, 60, 60).bool()},
-        ["image_features"], {"pixel_values": (0, 1), "pixel_attention_mask": (0, 1)},
-    )  # fmt: skip
-    return text_graphs(folder, family, source, model)
-
-
-def llava(folder):
-    family = Llava()
-    tiny_generators.llava(folder)
-    source, model = load(folder, family)
-    export(
-        LlavaVision(model, source.config), folder / "onnx" / "vision_encoder.onnx",
-        {"pixel_values": torch.randn(2, 3, 42, 42)}, ["image_features"], {"pixel_values": (0,)},
-    )  # fmt: skip
-    return text_graphs(folder, family, source, model)
-
-
-MAKERS = {
-    "clip": lambda folder: whole_clip(folder, Clip(), tiny_checkpoints.clip, masked=True),
-    "siglip": lambda folder: whole_clip(folder, Siglip(), tiny_checkpoints.siglip, masked=False),
-    "smolvlm": smolvlm,
-    "llava": llava,
-}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """An export by name, made once; tests that change it copy it first."""
-    return cache(lambda name: MAKERS[name](tmp_path_factory.mktemp(name)))
-
-
 @pytest.fixture
-def copied(made, tmp_path):
-    """A copy of an export to break: ``copied("clip")`` returns its folder."""
-    return lambda name: Path(shutil.copytree(made(name).folder, tmp_path / "copy"))
-
-
-# Running what was taken
+def made(tmp_path_factory):
+    return partial(made_in, tmp_path_factory.getbasetemp())
 
 
 def sessions_of(taken, out):
@@ -286,12 +115,10 @@ def test_a_dual_encoder_in_one_graph_is_cut_in_two(made, tmp_path, name):
     assert sum(path.stat().st_size for path in halves) < 1.05 * whole.stat().st_size, "each half has its own weights"
 
 
-def test_both_halves_share_external_data(made, copied, tmp_path):
-    folder = copied("clip")
+def test_both_halves_share_external_data(made, tmp_path):
+    folder = Path(shutil.copytree(made("clip").folder, tmp_path / "copy"))
     path = folder / "onnx" / "model.onnx"
-    onnx.save(
-        onnx.load(path), path, save_as_external_data=True, location="model.onnx_data"
-    )  # fmt: skip
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="model.onnx_data")
     export = SimpleNamespace(**{**vars(made("clip")), "folder": folder})
     check_matcher(export, read_onnx_folder(folder), tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
@@ -395,128 +222,6 @@ def test_patches_are_those_of_qwens_image_processor(tmp_path):
     assert task.positions == "mrope" and task.decoder.cache.layers == 2
 
 
-# Graphs too simple for torch
-
-
-def save(path, nodes, inputs, outputs, weights=(), opset=20):
-    graph = helper.make_graph(nodes, "made", inputs, outputs, list(weights))
-    path.write_bytes(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9).SerializeToString()
-    )
-
-
-def embed_graph(folder, width):
-    save(
-        folder / "embed_tokens.onnx", [helper.make_node("Gather", ["table", "input_ids"], ["inputs_embeds"])],
-        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "S"])],
-        [helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, ["B", "S", width])],
-        [numpy_helper.from_array(np.zeros((400, width), np.float32), "table")],
-    )  # fmt: skip
-
-
-def decoder_graph(
-    folder, *, position_rank=2, extra=(), dtype=TensorProto.FLOAT, heads=2, layers=(0, 1), tokens="inputs_embeds"
-):
-    """Reads nothing of what it is given; only its names, types and shapes matter."""
-    past = [f"past_key_values.{layer}.{part}" for layer in layers for part in ("key", "value")]
-    present = [name.replace("past_key_values", "present") for name in past]
-    positions = [3, "B", "S"] if position_rank == 3 else ["B", "S"]
-    nodes = [helper.make_node("Identity", [tokens], ["logits"])]
-    nodes += [helper.make_node("Identity", [a], [b]) for a, b in zip(past, present, strict=True)]
-    shape = ["B", heads, "P", 12]
-    inputs = [
-        helper.make_tensor_value_info(tokens, TensorProto.FLOAT, ["B", "S", 48]),
-        helper.make_tensor_value_info("position_ids", TensorProto.INT64, positions),
-        *(helper.make_tensor_value_info(name, dtype, shape) for name in past),
-        *(helper.make_tensor_value_info(name, TensorProto.BOOL, [1]) for name in extra),
-    ]
-    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", "S", 48])]
-    outputs += [helper.make_tensor_value_info(name, dtype, shape) for name in present]
-    save(folder / "decoder_model_merged.onnx", nodes, inputs, outputs)
-
-
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        ({"extra": ["use_cache_branch"]}, "'use_cache_branch', which this runtime does not feed"),
-        ({"extra": ["num_logits_to_keep"]}, "'num_logits_to_keep'"),
-        ({"tokens": "input_ids"}, "'input_ids' is FLOAT|has no 'inputs_embeds'|'input_ids', which"),
-        ({"dtype": TensorProto.FLOAT16}, "FLOAT16, not FLOAT.*_fp16"),
-        ({"layers": (0, 2)}, "no key and value cache for every layer"),
-        ({"layers": ()}, "for every layer: none"),
-        ({"heads": "H"}, "caches are not"),
-    ],
-)
-def test_decoders_that_cannot_run_are_refused_by_name(copied, options, problem):
-    folder = copied("llava")
-    decoder_graph(folder / "onnx", **options)
-    with pytest.raises(UsageError, match=problem):
-        read_onnx_folder(folder)
-
-
-def vision_graph(folder, shape, dtype=TensorProto.FLOAT, extra=(), opset=20):
-    inputs = [helper.make_tensor_value_info("pixel_values", dtype, shape)]
-    inputs += [helper.make_tensor_value_info(name, TensorProto.BOOL, ["B", "I", 42, 42]) for name in extra]
-    outputs = [helper.make_tensor_value_info("image_features", dtype, ["B", 9, 48])]
-    nodes = [helper.make_node("Identity", ["pixel_values"], ["image_features"])]
-    save(folder / "vision_encoder.onnx", nodes, inputs, outputs, opset=opset)
-
-
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        ({"shape": ["B", 3, 42, 42], "dtype": TensorProto.FLOAT16}, "FLOAT16"),
-        ({"shape": [1, 3, 42, 42]}, "batches of 1 only"),
-        ({"shape": ["B", 3, 42, 42], "extra": ["query"]}, "'pixel_values', 'query', which is not known"),
-        ({"shape": ["patches", 1176]}, "not known"),
-        ({"shape": ["B", "I", 3, 42, 42], "extra": ["pixel_attention_mask"], "opset": 11}, "opset 11"),
-    ],
-)
-def test_vision_encoders_that_cannot_run_are_refused_by_name(copied, options, problem):
-    folder = copied("llava")
-    vision_graph(folder / "onnx", **options)
-    with pytest.raises(UsageError, match=problem):
-        read_onnx_folder(folder)
-
-
-def test_layouts(copied, tmp_path):
-    folder = copied("clip")
-    assert layout(folder) == (folder / "onnx" / "model.onnx",)
-    (folder / "onnx" / "model.onnx").rename(folder / "onnx" / "model_fp16.onnx")
-    assert layout(folder) is None
-    with pytest.raises(UsageError, match=r"no ONNX export of a known layout.*decoder_model_merged"):
-        read_onnx_folder(folder)
-    (folder / "onnx" / "model_fp16.onnx").rename(folder / "model.onnx")
-    assert layout(folder) == (folder / "model.onnx",)
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"model_type": "clip"', '"model_type": "owlvit"'))
-    with pytest.raises(UsageError, match="type 'owlvit' in this layout are not known; known types are clip, siglip"):
-        read_onnx_folder(folder)
-
-
-def test_broken_files_are_named(copied):
-    folder = copied("clip")
-    for content in (b"", b"no protobuf", (folder / "onnx" / "model.onnx").read_bytes()[:-1000]):
-        (folder / "onnx" / "model.onnx").write_bytes(content)
-        with pytest.raises(InputError, match=r"model\.onnx: not an ONNX file"):
-            read_onnx_folder(folder)
-
-
-def test_data_files_outside_of_the_folder_are_refused(copied, tmp_path):
-    folder = copied("llava")
-    path = folder / "onnx" / "embed_tokens.onnx"
-    model = onnx.load(path)
-    (tmp_path / "elsewhere").write_bytes(b"\0" * 10**6)
-    tensor = model.graph.initializer[0]
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="../../elsewhere")
-    path.write_bytes(model.SerializeToString())
-    (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match="not beside it"):
-        read_onnx_folder(folder).write(tmp_path / "out")
-
-
 def test_a_cut_keeps_what_subgraphs_read_and_no_more():
     branch = helper.make_graph(
         [helper.make_node("Add", ["a", "w1"], ["chosen"])], "yes",
@@ -544,9 +249,6 @@ def test_a_cut_keeps_what_subgraphs_read_and_no_more():
     onnx.checker.check_model(part)
 
 
-# The real thing
-
-
 def test_an_export_by_optimum(tmp_path):
     """Optimum's exporter wants an older transformers: an environment of its own, which borrows torch from this one."""
     if os.environ.get("EDGE_RSVLM_SLOW") != "1":
@@ -562,16 +264,8 @@ def test_an_export_by_optimum(tmp_path):
     run(python, "-m", "pip", "install", "-q", "--no-deps", "optimum==2.1.0", "optimum-onnx==0.1.0",
         "transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2", "requests", "urllib3",
         "charset_normalizer")  # fmt: skip
-    run(
-        python,
-        "-m",
-        "optimum.exporters.onnx",
-        "-m",
-        str(checkpoint),
-        "--task",
-        "zero-shot-image-classification",
-        str(out),
-    )
+    task = ("--task", "zero-shot-image-classification")
+    run(python, "-m", "optimum.exporters.onnx", "-m", str(checkpoint), *task, str(out))
     source, model = load(checkpoint, Clip())
     check_matcher(SimpleNamespace(folder=out, source=source, model=model), read_onnx_folder(out), tmp_path / "taken")
 

@@ -210,6 +210,7 @@ def test_what_tensorrt_does_not_take_has_the_same_values_in_half_precision(tmp_p
     quantize_int4(source, (), Int4(method="rtn"), tmp_path / "out.onnx", tmp_path / "trt.onnx")
     model = onnx.load(tmp_path / "trt.onnx")
     assert all(node.op_type != "DequantizeLinear" for node in model.graph.node)
+    assert [entry.version for entry in model.opset_import] == [20]
     (blocks,) = layers_of(tmp_path / "out.onnx").values()
     halves = [t for t in model.graph.initializer if t.data_type == HALF]
     np.testing.assert_array_equal(numpy_helper.to_array(halves[0]).T, blocks.values_NK().astype(np.float16))

@@ -22,6 +22,8 @@ from edge_rsvlm.cli import cli  # noqa: E402
 from edge_rsvlm.errors import EdgeRsvlmError, InputError, UsageError  # noqa: E402
 from edge_rsvlm.export.gguf.pair import GgufSource, Pair, read_pair, read_source  # noqa: E402
 from edge_rsvlm.export.gguf.template import expand  # noqa: E402
+from edge_rsvlm.export.recipe import Recipe  # noqa: E402
+from edge_rsvlm.export.steps.take_gguf import take_gguf  # noqa: E402
 from tests import tiny_gguf  # noqa: E402
 from tests.tiny_gguf import EYE, TEMPLATE, TINY  # noqa: E402
 
@@ -74,6 +76,16 @@ def test_what_is_made(made):
     assert [(case["task"], case["graph"]) for case in found["probe"]] == [("caption", None)]
     files = {path.name for path in made.iterdir() if path.is_file()}
     assert files == {"language.gguf", "projector.gguf", "manifest.json"}
+
+
+@pytest.mark.parametrize(("fields", "penalty"), [({}, 1.0), ({"general.sampling.penalty_repeat": 1.05}, 1.05)])
+def test_the_repetition_penalty_is_that_of_the_file(tmp_path, fields, penalty):
+    found = read_pair(pair(tmp_path / "pair"))
+    model = dataclasses.replace(found.model, fields=found.model.fields | fields)
+    recipe = Recipe(checkpoint=tmp_path / "pair", out=tmp_path / "bundle")
+    take_gguf(dataclasses.replace(found, model=model), recipe, tmp_path)
+    tasks = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["tasks"]
+    assert [tasks[verb]["repetition_penalty"] for verb in ("ask", "caption")] == [penalty, penalty]
 
 
 def test_it_answers_and_verifies(made):

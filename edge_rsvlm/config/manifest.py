@@ -274,6 +274,8 @@ class GgufTask(Model):
     context_tokens: int = Field(gt=0)
     prompt: str
     """``{image}`` is the image, ``{text}`` the question or phrase."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """As of GenerateTask, for the words of the prompt: what llama.cpp reads of an image has no numbers of words."""
     max_tokens: int = Field(gt=0)
     boxes: BoxFormat | None = None
     memory: TaskMemory

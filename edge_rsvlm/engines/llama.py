@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.engines.llama_context import EXPORT_AGAIN, Batch, Context, Ints, LlamaModel
+from edge_rsvlm.engines.llama_context import EXPORT_AGAIN, NOTHING_READ, Batch, Context, Ints, LlamaModel
 from edge_rsvlm.engines.llama_library import C
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.types import Advance, Prompt
@@ -63,7 +63,6 @@ class _Reading:
     """Sequences being read, one per row; ``_sequence_N`` is the number that llama.cpp knows each by."""
 
     def __init__(self, context: Context, count: int, images_see_ahead: bool) -> None:
-        C.llama_memory_clear(context.memory, False)
         self._context, self._images_see_ahead = context, images_see_ahead
         self._sequence_N: Ints = np.arange(count, dtype=np.int32)
         self._rows = np.arange(count).tobytes()
@@ -71,7 +70,12 @@ class _Reading:
         self._step: Batch | None = None
 
     def read(self, prompt: Prompt) -> NDArray[np.float32]:
-        """Logits [N, V] after the prompt. What stands before the image is read once for all rows."""
+        """Logits [N, V] after the prompt. What stands before the image is read once for all rows, and not again where
+        the last prompt began so too.
+        """
+        first = next(_runs(prompt.visual_S))[1]
+        opening = b"" if prompt.visual_S[0] or first == len(prompt.ids_S) else prompt.ids_S[:first].tobytes()
+        known = self._context.goes_back(len(self._sequence_N), opening, first)
         self._length, self._next_position = len(prompt.ids_S), int(prompt.positions.max()) + 1
         seen = 0
         logits: list[NDArray[np.float32]] = []
@@ -82,9 +86,10 @@ class _Reading:
                 here_NTD = prompt.visual_NTD[:, seen : seen + end - begin]
                 seen += end - begin
                 logits = self._read_image(here_NTD, positions, last)
-            else:
+            elif begin or not known:
                 shared = not seen and not last
                 logits = self._read_words(prompt.ids_S[begin:end].astype(np.int32), positions, shared, last)
+        self._context.opening = (len(self._sequence_N), opening)
         return np.concatenate(logits)
 
     def _read_image(self, embeds_NTD: NDArray[np.float32], positions: Ints, last: bool) -> list[NDArray[np.float32]]:
@@ -147,7 +152,7 @@ class _Reading:
             )  # fmt: skip
         assert self._step.tokens_C is not None
         self._step.tokens_C[:] = tokens_M
-        self._step.positions_PC[:] = self._next_position
+        self._step.positions_PC.fill(self._next_position)
         self._length += 1
         self._next_position += 1
         return self._context.run(self._step)
@@ -158,6 +163,7 @@ class _Reading:
             return
         if len(rows_M) > self._context.rows:
             raise BundleError(f"{len(rows_M)} beams for {self._context.rows} caches", fix=EXPORT_AGAIN)
+        self._context.opening = NOTHING_READ
         memory, kept = self._context.memory, self._sequence_N[np.unique(rows_M)]
         for sequence in np.setdiff1d(self._sequence_N, kept):
             C.llama_memory_seq_rm(memory, int(sequence), -1, -1)

@@ -60,8 +60,11 @@ class LlamaVision:
         """Tokens that end an answer."""
         self._see_ahead = False
 
-    def start(self, image_HWC: NDArray[np.uint8], prompt: str) -> tuple[NDArray[np.float32], Advance]:
-        """Logits [1, V] of the first token after the prompt, in which ``marker`` stands for the image."""
+    def start(
+        self, image_HWC: NDArray[np.uint8], prompt: str
+    ) -> tuple[NDArray[np.float32], Advance, NDArray[np.int64]]:
+        """Logits [1, V] of the first token after the prompt, in which ``marker`` stands for the image; what goes on
+        from there; and the tokens of words that were read, those that libmtmd writes around the image among them."""
         self._see_ahead = False
         parts = list(self._parts(image_HWC, prompt))
         visual = [part.visual_TD for part in parts if part.visual_TD is not None]
@@ -71,7 +74,8 @@ class LlamaVision:
             np.concatenate(visual)[None],
             np.concatenate([part.positions for part in parts], axis=-1),
         )
-        return self._language.start(whole, images_see_ahead=self._see_ahead)
+        logits_1V, advance = self._language.start(whole, images_see_ahead=self._see_ahead)
+        return logits_1V, advance, whole.ids_S[~whole.visual_S]
 
     def tokens(self, image_HWC: NDArray[np.uint8], prompt: str) -> int:
         """How many tokens image and prompt are together; nothing is computed."""

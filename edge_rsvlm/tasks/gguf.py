@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edge_rsvlm.config.manifest import GgufTask
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.tasks.generate import PreparedImage
-from edge_rsvlm.tasks.search import Sampling, Stop, Tokens, follow, greedy, sample
+from edge_rsvlm.tasks.search import RepetitionPenalty, Sampling, Stop, Tokens, follow, greedy, sample
 from edge_rsvlm.tasks.text import check_text
 from edge_rsvlm.types import Advance
 
@@ -27,8 +27,9 @@ class VisionLanguageModel(Protocol):
     ends: tuple[int, ...]
     """Tokens that end an answer."""
 
-    def start(self, image_HWC: NDArray[np.uint8], prompt: str) -> tuple[NDArray[np.float32], Advance]:
-        """Logits [1, V] of the first token after the prompt, and what goes on from there; see LanguageModel."""
+    def start(self, image_HWC: NDArray[np.uint8], prompt: str) -> tuple[NDArray[np.float32], Advance, Tokens]:
+        """Logits [1, V] of the first token after the prompt, what goes on from there (see LanguageModel), and the
+        tokens of words that were read."""
         ...
 
     def text(self, tokens: Sequence[int], marks: Sequence[str] = ()) -> str:
@@ -56,15 +57,22 @@ class GgufGenerator:
 
     def follow_pixels(self, image_HWC: NDArray[np.uint8], text: str, answer_T: Tokens) -> NDArray[np.float32]:
         """``follow`` for an image in 8 bits."""
-        logits_1V, advance = self._model.start(image_HWC, self._prompt(text))
+        logits_1V, advance = self._start(image_HWC, text)
         return follow(logits_1V, advance, answer_T)
 
     def _answer(self, image_HWC: NDArray[np.uint8], text: str, sampling: Sampling | None) -> Tokens:
         stop = self._stop(sampling)
-        logits_1V, advance = self._model.start(image_HWC, self._prompt(text))
+        logits_1V, advance = self._start(image_HWC, text)
         if sampling is not None and sampling.temperature > 0:
             return sample(logits_1V, advance, stop, sampling)[0]
         return greedy(logits_1V, advance, stop)[0]
+
+    def _start(self, image_HWC: NDArray[np.uint8], text: str) -> tuple[NDArray[np.float32], Advance]:
+        logits_1V, advance, read_S = self._model.start(image_HWC, self._prompt(text))
+        if self._spec.repetition_penalty == 1:
+            return logits_1V, advance
+        penalty = RepetitionPenalty(self._spec.repetition_penalty, read_S, advance)
+        return penalty.first(logits_1V), penalty.advance
 
     def _prompt(self, text: str) -> str:
         check_text(text)

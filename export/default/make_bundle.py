@@ -29,10 +29,10 @@ MOST_BYTES = 12 << 20
 WORK = Path("build/default")
 
 
-def export(work: Path, target: str | None, report: Callable[[str, int, int], None]) -> Path:
-    """The bundle as the recipe says, below ``work``; or of another ``target``, whatever that costs."""
+def export(folder: Path, target: str | None, report: Callable[[str, int, int], None]) -> Path:
+    """The bundle as the recipe says, below ``folder``; or of another ``target``, whatever that costs."""
     recipe = load_recipe(RECIPE)
-    changed: dict[str, Any] = {"out": work / "bundle", "work": work / "steps"}
+    changed: dict[str, Any] = {"out": folder / "bundle", "work": WORK / "steps"}
     if target is not None:
         changed |= {"target": target, "precision": {}, "engines": ("onnxruntime",), "allow": ("accuracy",)}
     return run_export(Recipe.model_validate(recipe.model_dump() | changed), report)

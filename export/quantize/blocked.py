@@ -44,12 +44,16 @@ def write_blocked(graph: Path, out: Path) -> int:
     """Write ``graph``, whose layers are MatMulNBits, to ``out`` and return the bytes of its arrays.
 
     A layer of other numbers than TensorRT takes (4 bits, symmetric, whole blocks, scales above 0) has the same values
-    in half precision. What goes into the graph and comes out keeps its type.
+    in half precision; a graph of such layers alone keeps its opset. What goes into the graph and comes out keeps its
+    type.
     """
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".int4-") as folder:
         work = Rewriting(graph, Path(folder))
         weights = [*_layers(work), *_arrays(work)]
-        bare = halved(_at_opset(_bare(work, weights), graph.name))
+        bare = _bare(work, weights)
+        if any(_fits_tensorrt(work, weight.node) for weight in weights if weight.node is not None):
+            bare = _at_opset(bare, graph.name)
+        bare = halved(bare)
         del bare.graph.value_info[:]
         for tensor in bare.graph.initializer:
             work.tensors[tensor.name] = onnx.numpy_helper.to_array(tensor)
@@ -173,7 +177,7 @@ def _add_half(work: Rewriting, graph: onnx.GraphProto, weight: _Weight, name: st
         _add_array(work, graph, name, np.asarray(work.tensors[weight.array], np.float16))
         return
     blocks = _blocks(work, weight.node)
-    if not _fits_tensorrt(blocks):
+    if not _fits_tensorrt(work, weight.node):
         _add_array(work, graph, name, blocks.values_NK().T.astype(np.float16))
         return
     numbers, scales = f"{weight.name}_int4", f"{weight.name}_scales"
@@ -202,14 +206,22 @@ def _add_as_it_was(work: Rewriting, graph: onnx.GraphProto, weight: _Weight, sou
 
 
 def _blocks(work: Rewriting, node: onnx.NodeProto) -> Blocks:
-    arrays = [work.constants.value(name, work.tensors) for name in node.input[1:4]]
-    numbers, scales, zeros = [*arrays, None][:3]
+    numbers, scales, zeros = _arrays_of(work, node)
     assert numbers is not None and scales is not None
     shaped = scales.reshape(attribute(node, "N"), -1)
     return unpack(np.asarray(numbers), np.asarray(shaped), zeros, attribute(node, "K"), attribute(node, "bits"))
 
 
-def _fits_tensorrt(blocks: Blocks) -> bool:
-    half = blocks.scales_NG.astype(np.float16)
-    whole = blocks.numbers_NK.shape[1] % blocks.block == 0
-    return blocks.bits == 4 and blocks.zeros_NG is None and whole and bool((half > 0).all())
+def _fits_tensorrt(work: Rewriting, node: onnx.NodeProto) -> bool:
+    """The numbers themselves are not read."""
+    _, scales, zeros = _arrays_of(work, node)
+    assert scales is not None
+    whole = attribute(node, "K") % attribute(node, "block_size") == 0
+    positive = bool((np.asarray(scales, np.float16) > 0).all())
+    return attribute(node, "bits") == 4 and zeros is None and whole and positive
+
+
+def _arrays_of(work: Rewriting, node: onnx.NodeProto) -> list[NDArray[Any] | None]:
+    """Numbers, scales and zeros of a layer."""
+    arrays = [work.constants.value(name, work.tensors) for name in node.input[1:4]]
+    return [*arrays, None][:3]

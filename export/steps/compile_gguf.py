@@ -55,19 +55,12 @@ class LanguageWriter:
         if reason := can_see(self.family, self.source):
             raise UsageError(f"{self.source.folder}: {reason}", fix='take [gguf] vision = "onnx"')
         for verb, task in self.family.describe(self.source).tasks.items():
-            if task["repetition_penalty"] != 1.0 or task["beams"] != 1:
-                raise UsageError(
-                    f"{verb}: where llama.cpp sees there is no repetition penalty and one beam",
-                    fix='take [gguf] vision = "onnx"; or set repetition_penalty to 1.0 in generation_config.json',
-                )
+            if task["beams"] != 1:
+                raise UsageError(f"{verb}: where llama.cpp sees there is one beam", fix='take [gguf] vision = "onnx"')
 
     def replaces(self, manifest: Manifest) -> tuple[str, ...]:
         """Graphs whose work llama.cpp takes over: embedding and decoder, and where it sees, all of the tasks that write
-        but what others need. UsageError for adapters that are kept apart, which switch graphs."""
-        if manifest.adapters:
-            raise UsageError(
-                "llama.cpp has no adapters to switch", fix="merge them (keep = false), or take an onnx target"
-            )
+        but what others need."""
         needed = {name for _, task in manifest.tasks for name in self._graphs(task)}
         return tuple(name for name in manifest.graphs if name not in needed)
 
@@ -125,7 +118,7 @@ class LanguageWriter:
     def _seeing(self, spec: GenerateTask) -> Fields:
         """What a task asks, for GgufTask."""
         prompt = llama_prompt(self.family, self.source, prompt_around(self.family, self.source, spec.prompt))
-        asked = spec.model_dump(include={"input", "max_tokens", "boxes", "memory"})
+        asked = spec.model_dump(include={"input", "repetition_penalty", "max_tokens", "boxes", "memory"})
         steps = image_steps(self.family, self.source, asked["input"]["prepare"])
         asked["input"] |= {"prepare": steps, "mean": 0.0, "std": 1.0 / 255.0}
         return {**asked, "prompt": prompt}

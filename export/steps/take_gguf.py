@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
 import numpy as np
 
 from edge_rsvlm.bundle import load_bundle
@@ -37,6 +38,8 @@ UNTOUCHED: dict[str, Any] = {
     "target": "onnx:f32", "engines": ("onnxruntime",), "precision": {}, "calibration": None, "goal": None
 }  # fmt: skip
 """What a recipe says where it asks for no change."""
+PENALTY = gguf.Keys.General.SAMPLING_PENALTY_REPEAT
+"""Where llama.cpp's converter writes the repetition penalty of generation_config.json."""
 FIRST_TOKENS = 16
 """Of a context in which nothing is read."""
 
@@ -95,6 +98,7 @@ def _description(pair: Pair, recipe: Recipe) -> Description:
         "model": {"file": FILE, "quantization": pair.model.quantization},
         "projector": {"file": PROJECTOR_FILE, "quantization": pair.projector.quantization},
         "context_tokens": _context_tokens(pair, seeing, prompt, spec),
+        "repetition_penalty": float(pair.model.fields.get(PENALTY, 1.0)),
         "max_tokens": MAX_TOKENS,
     }
     tasks = {"ask": {**common, "prompt": prompt}, "caption": {**common, "prompt": prompt.replace(TEXT, CAPTION)}}
