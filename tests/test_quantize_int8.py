@@ -16,11 +16,13 @@ onnx = pytest.importorskip("onnx", reason="needs onnx: not installed")
 from onnx import TensorProto, helper  # noqa: E402
 
 import edge_rsvlm  # noqa: E402
+from edge_rsvlm.engines.onnxruntime import ort  # noqa: E402
 from edge_rsvlm.export.quantize.calibration import record  # noqa: E402
 from edge_rsvlm.export.quantize.choose import int8_kind  # noqa: E402
 from edge_rsvlm.export.quantize.chosen import choose_nodes  # noqa: E402
 from edge_rsvlm.export.quantize.dynamic import quantize_dynamic  # noqa: E402
 from edge_rsvlm.export.quantize.loaded import array_of, load_wide  # noqa: E402
+from edge_rsvlm.export.quantize.padding import fold_padding  # noqa: E402
 from edge_rsvlm.export.quantize.settings import CalibrationImages, Int8  # noqa: E402
 from edge_rsvlm.export.quantize.static import quantize_static  # noqa: E402
 from edge_rsvlm.export.quantize.typed import half_precision  # noqa: E402
@@ -283,6 +285,36 @@ def test_patches_make_no_convolutional_graph(tmp_path):
     ]
     onnx.save(model(nodes, tensors, {"tiles": ["n", 3, 16, 16]}, {"y": ["n", 8]}), tmp_path / "patches.onnx")
     assert int8_kind(tmp_path / "patches.onnx") == "int8-dynamic"
+
+
+@pytest.mark.parametrize(
+    ("pads", "more", "folded"),
+    [
+        ([0, 0, 0, 0, 0, 0, 1, 1], {}, True),
+        ([0, 0, 2, 1, 0, 0, 0, 3], {}, True),
+        ([0, 0, 0, 0, 0, 1, 1, 1], {}, False),
+        ([0, 0, -1, 0, 0, 0, 0, 0], {}, False),
+        ([0, 0, 1, 1, 0, 0, 1, 1], {"mode": "reflect"}, False),
+        ([0, 0, 0, 0, 0, 0, 1, 1], {"value": 1.0}, False),
+        ([0, 0, 0, 0, 0, 0, 1, 1], {"value": 0.0}, True),
+    ],
+)
+def test_convolutions_pad_with_zeros_themselves(pads, more, folded):
+    channels = 3 + pads[1] + pads[5]
+    weights = np.random.default_rng(0).normal(size=(4, channels, 3, 3)).astype(np.float32)
+    tensors = {"w": weights, "pads": np.array(pads), "value": np.float32(more.get("value", 0))}
+    given = ["tiles", "pads", *(["value"] if "value" in more else [])]
+    nodes = [
+        helper.make_node("Pad", given, ["wide"], name="pad", mode=more.get("mode", "constant")),
+        helper.make_node("Conv", ["wide", "w"], ["y"], name="conv", strides=[2, 2], pads=[0, 1, 0, 0]),
+    ]
+    before = model(nodes, tensors, {"tiles": [1, 3, 12, 10]}, {"y": [1, 4, None, None]})
+    after = onnx.ModelProto()
+    after.CopyFrom(before)
+    assert fold_padding(after) == folded == ("Pad" not in {node.op_type for node in after.graph.node})
+    feed = {"tiles": np.random.default_rng(1).normal(size=(1, 3, 12, 10)).astype(np.float32)}
+    (wanted,), (found,) = (ort.InferenceSession(m.SerializeToString()).run(None, feed) for m in (before, after))
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_weights_that_steps_share_are_read(tmp_path):
