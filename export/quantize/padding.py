@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from onnx import NodeProto, TensorProto, helper
 
 from edge_rsvlm.export.quantize.layers import attribute
-from edge_rsvlm.export.quantize.loaded import Model, array_of, constants, readers
+from edge_rsvlm.export.quantize.loaded import Model, array_of, constants, drop_unused, readers
 
 
 def fold_padding(model: Model) -> int:
@@ -34,6 +34,8 @@ def fold_padding(model: Model) -> int:
     idle = [node for name, node in pads.items() if name not in read and name not in ends]
     for node in idle:
         model.graph.node.remove(node)
+    if idle:
+        drop_unused(model)
     return moved
 
 
