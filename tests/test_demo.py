@@ -87,7 +87,7 @@ def caption_session(folder: Path) -> Session:
     data["files"] |= {name: _entry(bundle / name) for name in (*(f"{g}.onnx" for g in GRAPHS), "tokenizer.json")}
     (bundle / "manifest.json").write_text(json.dumps(data))
     return Session(
-        load_bundle(bundle, allow_unsigned=True), Limits(memory_bytes=1 << 30),
+        load_bundle(bundle, allow_unsigned=True), Limits(memory_bytes=8 << 30),
         engine_factory=lambda threads, arena: SpeakingEngine(),
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ def libraries(needs):
 @pytest.fixture
 def session(tmp_path):
     bundle = load_bundle(write_bundle(tmp_path / "bundle"), allow_unsigned=True)
-    return Session(bundle, Limits(memory_bytes=1 << 30), engine_factory=fake_engine)
+    return Session(bundle, Limits(memory_bytes=8 << 30), engine_factory=fake_engine)
 
 
 def write_image(path, squares=(), size=(128, 128), value=255):

@@ -59,7 +59,7 @@ def images(tmp_path):
 
 
 def session(bundle):
-    return Session(load_bundle(bundle, allow_unsigned=True), Limits(memory_bytes=1 << 30))
+    return Session(load_bundle(bundle, allow_unsigned=True), Limits(memory_bytes=8 << 30))
 
 
 def near(boxes, expected, within):
