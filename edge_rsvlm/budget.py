@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edge_rsvlm.config.manifest import TaskMemory
+from edge_rsvlm.config.inputs import TaskMemory
 from edge_rsvlm.config.units import format_bytes
 from edge_rsvlm.errors import BudgetError
 

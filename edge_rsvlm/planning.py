@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edge_rsvlm.budget import Demand, MemoryPlan
-from edge_rsvlm.config.manifest import AnswerTask
+from edge_rsvlm.config.task_specs import AnswerTask
 from edge_rsvlm.errors import BudgetError
 from edge_rsvlm.pipeline.ask import read_features
 from edge_rsvlm.pipeline.runtime import task_of

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from edge_rsvlm.bundle import Bundle, Rules, candidate
 from edge_rsvlm.bundle.contents import COPY_AGAIN, Problem
 from edge_rsvlm.bundle.zips import ZIP_ERRORS, open_zip
-from edge_rsvlm.config.manifest import GenerateTask, GgufTask, Manifest, ProbeCase
+from edge_rsvlm.config.manifest import Manifest, ProbeCase
+from edge_rsvlm.config.task_specs import GenerateTask, GgufTask
 from edge_rsvlm.errors import BudgetError, BundleError
 from edge_rsvlm.pipeline.adapters import read_adapter
 from edge_rsvlm.pipeline.runtime import Runtime, by_llama, cpu_engine, task_of

@@ -72,8 +72,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from edge_rsvlm.config.manifest import BoxFormat
 from edge_rsvlm.config.model import Model
+from edge_rsvlm.config.task_specs import BoxFormat
 from edge_rsvlm.config.toml import load_toml
 from edge_rsvlm.export.quantize.settings import CalibrationImages, Int4, Int8, Precision
 

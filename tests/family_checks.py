@@ -16,8 +16,9 @@ pytest.importorskip("transformers", reason="needs transformers: not installed")
 import onnxruntime  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
-from edge_rsvlm.config.manifest import Graph, Tasks  # noqa: E402
+from edge_rsvlm.config.manifest import Graph  # noqa: E402
 from edge_rsvlm.config.model import parse  # noqa: E402
+from edge_rsvlm.config.task_specs import Tasks  # noqa: E402
 from edge_rsvlm.errors import BundleError  # noqa: E402
 from edge_rsvlm.export.checkpoint.reading import open_checkpoint  # noqa: E402
 from edge_rsvlm.export.families.base import Arrays, Description, Family, GraphPlan, Source  # noqa: E402

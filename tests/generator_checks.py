@@ -17,7 +17,7 @@ pytest.importorskip("sentencepiece", reason="needs sentencepiece: not installed"
 
 from PIL import Image  # noqa: E402
 
-from edge_rsvlm.config.manifest import GenerateTask  # noqa: E402
+from edge_rsvlm.config.task_specs import GenerateTask  # noqa: E402
 from edge_rsvlm.export.families.base import Source  # noqa: E402
 from edge_rsvlm.export.families.blip_2 import Blip2  # noqa: E402
 from edge_rsvlm.export.families.idefics3 import Idefics3  # noqa: E402

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from edge_rsvlm import doctor
 from edge_rsvlm.bundle import load_bundle
 from edge_rsvlm.cli import cli
-from edge_rsvlm.config.manifest import GgufDecoder
+from edge_rsvlm.config.task_specs import GgufDecoder
 from edge_rsvlm.engines import tensorrt_device, tensorrt_library
 from edge_rsvlm.engines.cuda import Cuda
 from edge_rsvlm.engines.tensorrt_device import device_of

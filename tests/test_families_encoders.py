@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: n
 from PIL import Image  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from edge_rsvlm.config.manifest import InputSpec  # noqa: E402
+from edge_rsvlm.config.inputs import InputSpec  # noqa: E402
 from edge_rsvlm.errors import UsageError  # noqa: E402
 from edge_rsvlm.export.families import image_processors, tokenizers  # noqa: E402
 from edge_rsvlm.export.families.dual_encoder import stored_scalar  # noqa: E402

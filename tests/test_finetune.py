@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch", reason="needs torch: not installed")
 transformers = pytest.importorskip("transformers", reason="needs transformers: not installed")
 peft = pytest.importorskip("peft", reason="needs peft: not installed")
 
-from edge_rsvlm.config.manifest import BoxFormat  # noqa: E402
+from edge_rsvlm.config.task_specs import BoxFormat  # noqa: E402
 from edge_rsvlm.errors import InputError, UsageError  # noqa: E402
 from edge_rsvlm.export.adapters.reading import read_adapter  # noqa: E402
 from edge_rsvlm.export.adapters.resolve import resolve  # noqa: E402

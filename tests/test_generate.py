@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from edge_rsvlm.config.manifest import BoxFormat, GenerateTask, VisualTokens
+from edge_rsvlm.config.task_specs import BoxFormat, GenerateTask, VisualTokens
 from edge_rsvlm.engines.fake import FakeSession
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.tasks.decoder import OnnxLanguage

@@ -20,7 +20,8 @@ from click.testing import CliRunner  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from edge_rsvlm.cli import cli  # noqa: E402
-from edge_rsvlm.config.manifest import GenerateTask, GgufTask, Manifest  # noqa: E402
+from edge_rsvlm.config.manifest import Manifest  # noqa: E402
+from edge_rsvlm.config.task_specs import GenerateTask, GgufTask  # noqa: E402
 from edge_rsvlm.engines.llama import LlamaLanguage  # noqa: E402
 from edge_rsvlm.engines.llama_vision import LlamaVision  # noqa: E402
 from edge_rsvlm.errors import UsageError  # noqa: E402

@@ -17,7 +17,7 @@ from PIL import Image
 
 import edge_rsvlm
 from edge_rsvlm.cli import cli
-from edge_rsvlm.config.manifest import GgufTask
+from edge_rsvlm.config.task_specs import GgufTask
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.tasks.gguf import GgufGenerator
 from edge_rsvlm.tasks.search import Sampling, Stop, beam_search

@@ -21,7 +21,8 @@ pytest.importorskip("onnxscript", reason="needs onnxscript: not installed")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from edge_rsvlm.config.manifest import GenerateTask, Graph, MatchTask  # noqa: E402
+from edge_rsvlm.config.manifest import Graph  # noqa: E402
+from edge_rsvlm.config.task_specs import GenerateTask, MatchTask  # noqa: E402
 from edge_rsvlm.engines.onnxruntime import OnnxRuntimeEngine  # noqa: E402
 from edge_rsvlm.errors import InputError  # noqa: E402
 from edge_rsvlm.export.families.clip import Clip  # noqa: E402

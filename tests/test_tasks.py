@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from edge_rsvlm.config.manifest import AnswerTask, DetectTask, InputSpec, MatchTask, OpenDetectTask, TaskMemory
+from edge_rsvlm.config.inputs import InputSpec, TaskMemory
+from edge_rsvlm.config.task_specs import AnswerTask, DetectTask, MatchTask, OpenDetectTask
 from edge_rsvlm.engines.fake import FakeSession
 from edge_rsvlm.errors import BundleError
 from edge_rsvlm.tasks.answer import Answerer

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from edge_rsvlm.bundle import load_bundle
-from edge_rsvlm.config.manifest import InputSpec, ShapeRange
+from edge_rsvlm.config.inputs import InputSpec
+from edge_rsvlm.config.manifest import ShapeRange
 from edge_rsvlm.errors import BundleError, InputError
 from tests.fakes import INPUT
 

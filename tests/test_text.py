@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from edge_rsvlm.config import manifest
+from edge_rsvlm.config import inputs
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.tasks.text import Texts
 
@@ -30,7 +30,7 @@ def file(tmp_path):
 
 
 def encode(file, *texts, **spec):
-    return Texts(manifest.Tokenizer(file="t", **{"add_special_tokens": True, **spec}), file).encode(texts)
+    return Texts(inputs.Tokenizer(file="t", **{"add_special_tokens": True, **spec}), file).encode(texts)
 
 
 def test_shorter_texts_are_padded_on_the_right(file):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edge_rsvlm.bundle import load_bundle
-from edge_rsvlm.config.manifest import InputSpec
+from edge_rsvlm.config.inputs import InputSpec
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.evaluate import evaluate_ask, evaluate_classify, evaluate_detect
 from edge_rsvlm.pipeline.ask import Votes

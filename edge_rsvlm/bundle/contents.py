@@ -16,19 +16,19 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from edge_rsvlm.bundle.external_data import NotOnnx, external_data
 from edge_rsvlm.bundle.pickles import find_pickle
+from edge_rsvlm.config.inputs import Tokenizer
 from edge_rsvlm.config.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     Adapter,
     FileEntry,
-    GgufFile,
     Graph,
     Manifest,
     ProbeCase,
     TensorRtGraph,
-    Tokenizer,
 )
 from edge_rsvlm.config.model import mistakes, printable
+from edge_rsvlm.config.task_specs import GgufFile
 from edge_rsvlm.errors import BundleError, EdgeRsvlmError
 
 SIGNATURE_NAME = "manifest.sig"

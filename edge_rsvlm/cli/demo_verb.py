@@ -50,7 +50,7 @@ def _run(session: Session, code: ExitCode, scene: Scene, output: Path) -> dict[s
     import json
 
     from edge_rsvlm.cli.deliver import Delivery
-    from edge_rsvlm.config.manifest import OpenDetectTask
+    from edge_rsvlm.config.task_specs import OpenDetectTask
     from edge_rsvlm.demonstrate import TaskResult, summary
     from edge_rsvlm.pipeline.detect import DetectQuery
     from edge_rsvlm.raster.inputs import Source

@@ -8,7 +8,7 @@ import json
 from types import ModuleType
 from typing import Any
 
-from edge_rsvlm.config import manifest, prepare
+from edge_rsvlm.config import inputs, manifest, prepare, task_specs
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -16,7 +16,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 def schema() -> dict[str, Any]:
     """The manifest's schema, with what the source says about each field."""
     made = {"$schema": DIALECT, **manifest.Manifest.model_json_schema()}
-    for module in (prepare, manifest):
+    for module in (prepare, inputs, task_specs, manifest):
         for name, fields in _field_docs(module).items():
             properties = made["$defs"].get(name, made if name == made["title"] else {}).get("properties", {})
             for field, text in fields.items():

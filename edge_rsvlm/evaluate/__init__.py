@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm import scoring
-from edge_rsvlm.config.manifest import DetectTask
+from edge_rsvlm.config.task_specs import DetectTask
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.evaluate.labels import chosen, locate, read_captions, read_coco, read_labels, read_pairs, read_questions
 from edge_rsvlm.pipeline.detect import DetectQuery

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import AnswerTask, GenerateTask, GgufTask
+from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, GgufTask
 from edge_rsvlm.errors import InputError
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.per_tile import Kept, each_tile, emit_tile, mapper_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edge_rsvlm.config.manifest import GenerateTask, GgufTask
+from edge_rsvlm.config.task_specs import GenerateTask, GgufTask
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.per_tile import each_tile, emit_tile, mapper_of
 from edge_rsvlm.pipeline.runtime import Pace, Runtime

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import ChangeTask
+from edge_rsvlm.config.task_specs import ChangeTask
 from edge_rsvlm.geo import PixelMapper, area_m2, feature_geometry
 from edge_rsvlm.merge.regions import Region, RegionMerger
 from edge_rsvlm.pipeline.canvas import LEVELS, UNKNOWN, ProbabilityCanvas, sample

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import MatchTask
+from edge_rsvlm.config.task_specs import MatchTask
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.per_tile import Kept, each_tile, emit_tile, mapper_of
 from edge_rsvlm.pipeline.runtime import Pace, Runtime

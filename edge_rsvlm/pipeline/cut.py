@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import InputSpec
+from edge_rsvlm.config.inputs import InputSpec
 from edge_rsvlm.errors import BundleError
 from edge_rsvlm.pipeline.scaling import Scaling, per_channel
 from edge_rsvlm.tiles import GatherResult, tile_gather

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_rsvlm.config.manifest import DetectTask, GenerateTask, GgufTask, OpenDetectTask
+from edge_rsvlm.config.task_specs import DetectTask, GenerateTask, GgufTask, OpenDetectTask
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.pipeline.boxes import Find, merge_boxes
 from edge_rsvlm.pipeline.cut import extent_xy

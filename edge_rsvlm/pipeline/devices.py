@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.config.manifest import Tasks
+from edge_rsvlm.config.task_specs import Tasks
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.pipeline.runtime import EngineFactory, cpu_engine
 

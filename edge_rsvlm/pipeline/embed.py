@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import MatchTask
+from edge_rsvlm.config.task_specs import MatchTask
 from edge_rsvlm.geo import box_ring, feature_geometry
 from edge_rsvlm.pipeline.outcome import Outcome
 from edge_rsvlm.pipeline.per_tile import each_tile, mapper_of

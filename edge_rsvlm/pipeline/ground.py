@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_rsvlm.config.manifest import BoxFormat, GenerateTask, GgufTask, OpenDetectTask
+from edge_rsvlm.config.task_specs import BoxFormat, GenerateTask, GgufTask, OpenDetectTask
 from edge_rsvlm.errors import BundleError
 from edge_rsvlm.pipeline.boxes import Find, merge_boxes
 from edge_rsvlm.pipeline.cut import extent_xy

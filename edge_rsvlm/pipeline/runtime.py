@@ -11,20 +11,19 @@ from numpy.typing import NDArray
 
 from edge_rsvlm.budget import MemoryPlan
 from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.config.manifest import (
+from edge_rsvlm.config.inputs import TextEncoder
+from edge_rsvlm.config.manifest import Graph, Manifest
+from edge_rsvlm.config.task_specs import (
     AnswerTask,
     ChangeTask,
     DetectTask,
     GenerateTask,
     GgufDecoder,
     GgufTask,
-    Graph,
-    Manifest,
     MatchTask,
     OnnxDecoder,
     OpenDetectTask,
     Tasks,
-    TextEncoder,
 )
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.pipeline.adapters import Factors, read_adapter

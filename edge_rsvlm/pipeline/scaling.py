@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_rsvlm.config.manifest import InputSpec, PerChannel, SourceDtype
+from edge_rsvlm.config.inputs import InputSpec, PerChannel, SourceDtype
 from edge_rsvlm.errors import BundleError, InputError
 from edge_rsvlm.pipeline.outcome import Outcome
 from edge_rsvlm.raster.radiometry import matched, sample_both

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edge_rsvlm.budget import Demand, MemoryPlan, plan_memory, process_bytes
 from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.config.manifest import AnswerTask, Tasks
+from edge_rsvlm.config.task_specs import AnswerTask, Tasks
 from edge_rsvlm.errors import InputError
 from edge_rsvlm.pipeline.adapters import adapter_bytes, adapter_of
 from edge_rsvlm.pipeline.ask import AskOutcome, ask, ask_features, read_features

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import InputSpec
+from edge_rsvlm.config.inputs import InputSpec
 from edge_rsvlm.pipeline.cut import Cut, cut
 from edge_rsvlm.pipeline.outcome import Deadline, Outcome, Progress
 from edge_rsvlm.pipeline.prefetch import prefetch

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from edge_rsvlm.budget import Demand
-from edge_rsvlm.config.manifest import GenerateTask, GgufDecoder, InputSpec
+from edge_rsvlm.config.inputs import InputSpec
+from edge_rsvlm.config.task_specs import GenerateTask, GgufDecoder
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.geo import PixelMapper, metres_per_pixel
 from edge_rsvlm.pipeline.runtime import AnyTask

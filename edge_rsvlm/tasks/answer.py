@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import AnswerTask
+from edge_rsvlm.config.task_specs import AnswerTask
 from edge_rsvlm.errors import BundleError
 from edge_rsvlm.tasks.scores import scores
 from edge_rsvlm.tasks.text import Texts

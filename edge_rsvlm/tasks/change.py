@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import ChangeTask
+from edge_rsvlm.config.task_specs import ChangeTask
 from edge_rsvlm.tasks.encode import Features, encode
 from edge_rsvlm.types import InferenceSession
 

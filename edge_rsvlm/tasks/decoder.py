@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import KeyValueCache, OnnxDecoder
+from edge_rsvlm.config.task_specs import KeyValueCache, OnnxDecoder
 from edge_rsvlm.errors import BundleError
 from edge_rsvlm.types import Advance, InferenceSession, Prompt
 

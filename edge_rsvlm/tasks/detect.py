@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import DetectTask
+from edge_rsvlm.config.task_specs import DetectTask
 from edge_rsvlm.tasks.encode import Features
 from edge_rsvlm.types import Boxes, InferenceSession
 

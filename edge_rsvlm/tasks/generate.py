@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import BoxFormat, GenerateTask
+from edge_rsvlm.config.task_specs import BoxFormat, GenerateTask
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.tasks.encode import Features, encode
 from edge_rsvlm.tasks.prompt import REMAKE, Layout, grid, mrope_positions, sequence_positions, write_image

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import GgufTask
+from edge_rsvlm.config.task_specs import GgufTask
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.tasks.generate import PreparedImage
 from edge_rsvlm.tasks.search import RepetitionPenalty, Sampling, Stop, Tokens, follow, greedy, sample

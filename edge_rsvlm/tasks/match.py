@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import MatchTask
+from edge_rsvlm.config.task_specs import MatchTask
 from edge_rsvlm.tasks.scores import scores
 from edge_rsvlm.tasks.text import Texts
 from edge_rsvlm.types import InferenceSession

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import OpenDetectTask
+from edge_rsvlm.config.task_specs import OpenDetectTask
 from edge_rsvlm.tasks.match import embed_texts
 from edge_rsvlm.tasks.scores import sigmoid
 from edge_rsvlm.tasks.text import Texts

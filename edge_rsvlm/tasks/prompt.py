@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import VisualTokens
+from edge_rsvlm.config.task_specs import VisualTokens
 from edge_rsvlm.errors import BundleError
 
 REMAKE = "export the bundle again"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config import manifest
+from edge_rsvlm.config import inputs
 from edge_rsvlm.errors import BundleError, UsageError
 
 
@@ -40,7 +40,7 @@ def check_text(text: str) -> None:
 class Texts:
     """The tokenizer of a text encoder: pads to the right, cuts long texts but keeps their special tokens."""
 
-    def __init__(self, spec: manifest.Tokenizer, file: Path) -> None:
+    def __init__(self, spec: inputs.Tokenizer, file: Path) -> None:
         self._add_special_tokens = spec.add_special_tokens
         self._tokenizer = load_tokenizer(file)
         self._tokenizer.enable_padding(pad_id=spec.pad_id, length=spec.pad_to)

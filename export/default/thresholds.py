@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_rsvlm import scoring
 from edge_rsvlm.bundle import Bundle, load_bundle
-from edge_rsvlm.config.manifest import DetectTask
+from edge_rsvlm.config.task_specs import DetectTask
 from edge_rsvlm.evaluate import evaluate_change
 from edge_rsvlm.export import artifact
 from edge_rsvlm.export.chain import run_export

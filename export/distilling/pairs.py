@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edge_rsvlm.config import manifest
+from edge_rsvlm.config import inputs
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.export.distilling.losses import add_gradients, feature_distance, feature_map, similarity_divergence
 from edge_rsvlm.export.distilling.recipe import DistillRecipe
@@ -33,7 +33,7 @@ class PairEncoder:
         self.score = family.score
         self._names = [given.name for given in text_inputs(family.masked_text)]
         self._processor = load_image_processor(source.folder)
-        spec = manifest.Tokenizer.model_validate(described.tasks["classify"]["text"]["tokenizer"])
+        spec = inputs.Tokenizer.model_validate(described.tasks["classify"]["text"]["tokenizer"])
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / FILE
             file.write_bytes(described.files[FILE])

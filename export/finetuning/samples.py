@@ -20,8 +20,8 @@ from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from edge_rsvlm.config.manifest import BoxFormat, VisualTokens
 from edge_rsvlm.config.model import Model, parse
+from edge_rsvlm.config.task_specs import BoxFormat, VisualTokens
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.export.families.base import Source
 from edge_rsvlm.export.families.generation import GenerativeFamily

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from edge_rsvlm import evaluate as scored
 from edge_rsvlm import scoring
 from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.config.manifest import AnswerTask, Comparison, GenerateTask, GgufTask
+from edge_rsvlm.config.manifest import Comparison
+from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, GgufTask
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.evaluate.labels import read_pairs
 from edge_rsvlm.export.proof.gates import AGREEMENT, COSINE, LOSS, Check

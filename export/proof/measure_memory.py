@@ -14,15 +14,8 @@ import numpy as np
 
 from edge_rsvlm.budget import process_bytes
 from edge_rsvlm.bundle import load_bundle
-from edge_rsvlm.config.manifest import (
-    AnswerTask,
-    ChangeTask,
-    DetectTask,
-    GenerateTask,
-    GgufTask,
-    InputSpec,
-    OpenDetectTask,
-)
+from edge_rsvlm.config.inputs import InputSpec
+from edge_rsvlm.config.task_specs import AnswerTask, ChangeTask, DetectTask, GenerateTask, GgufTask, OpenDetectTask
 from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, task_of
 from edge_rsvlm.pipeline.scaling import per_channel
 from edge_rsvlm.tasks.encode import encode

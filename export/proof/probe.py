@@ -12,7 +12,9 @@ from PIL import Image
 
 import edge_rsvlm
 from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.config.manifest import AnswerTask, GenerateTask, InputSpec, Manifest, TextEncoder, Tokenizer
+from edge_rsvlm.config.inputs import InputSpec, TextEncoder, Tokenizer
+from edge_rsvlm.config.manifest import Manifest
+from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask
 from edge_rsvlm.export.families.base import Arrays, GraphInput
 from edge_rsvlm.pipeline.scaling import per_channel
 from edge_rsvlm.tasks.text import Texts

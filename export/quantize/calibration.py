@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from edge_rsvlm.budget import Demand, MemoryPlan
 from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.config.manifest import Calibration, DetectTask, GenerateTask, GgufDecoder, GgufTask, Manifest
+from edge_rsvlm.config.manifest import Calibration, Manifest
+from edge_rsvlm.config.task_specs import DetectTask, GenerateTask, GgufDecoder, GgufTask
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.evaluate.labels import read_names, read_pairs
 from edge_rsvlm.export.graphs.sliced import WHOLE_BYTES, weight_bytes

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.manifest import InputSpec
+from edge_rsvlm.config.inputs import InputSpec
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.geo import metres_per_pixel
 from edge_rsvlm.pipeline.runtime import offered_verbs, task_of

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from edge_rsvlm.config.manifest import GenerateTask, Manifest, OnnxDecoder
+from edge_rsvlm.config.manifest import Manifest
+from edge_rsvlm.config.task_specs import GenerateTask, OnnxDecoder
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.families.base import Family, Source
 from edge_rsvlm.export.gguf.files import Precision

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.config.manifest import AnswerTask, GenerateTask, OpenDetectTask
+from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, OpenDetectTask
 from edge_rsvlm.export.families.base import Arrays, Family, Source
 from edge_rsvlm.export.proof.gates import Check, Gate, agreement_check, tensor_checks
 from edge_rsvlm.export.proof.probe import TEXT, prepared

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from edge_rsvlm.bundle import Bundle, load_bundle
-from edge_rsvlm.config.manifest import MANIFEST_NAME, GenerateTask, Manifest, OnnxDecoder
+from edge_rsvlm.config.manifest import MANIFEST_NAME, Manifest
+from edge_rsvlm.config.task_specs import GenerateTask, OnnxDecoder
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.bundle_writer import place, write_manifest
 from edge_rsvlm.export.explain import memory_on_disk

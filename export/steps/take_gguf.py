@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 
 from edge_rsvlm.bundle import load_bundle
-from edge_rsvlm.config.manifest import InputSpec
+from edge_rsvlm.config.inputs import InputSpec
 from edge_rsvlm.config.units import format_bytes
 from edge_rsvlm.errors import BundleError, InputError, UsageError
 from edge_rsvlm.export.bundle_writer import place, write_manifest

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from edge_rsvlm.bundle import Bundle, load_bundle
-from edge_rsvlm.config.manifest import GenerateTask, Graph
+from edge_rsvlm.config.manifest import Graph
+from edge_rsvlm.config.task_specs import GenerateTask
 from edge_rsvlm.export.bundle_writer import write_manifest
 from edge_rsvlm.export.families.base import Arrays, GraphInput
 from edge_rsvlm.export.graphs.sliced import run_sliced

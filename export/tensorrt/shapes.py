@@ -13,19 +13,17 @@ from pathlib import Path
 import onnx
 
 from edge_rsvlm.budget import BATCHES
-from edge_rsvlm.config.manifest import (
+from edge_rsvlm.config.inputs import InputSpec, Tokenizer
+from edge_rsvlm.config.manifest import Manifest, ShapeRange
+from edge_rsvlm.config.task_specs import (
     AnswerTask,
     ChangeTask,
     DetectTask,
     GenerateTask,
     GgufTask,
-    InputSpec,
-    Manifest,
     MatchTask,
     OnnxDecoder,
     OpenDetectTask,
-    ShapeRange,
-    Tokenizer,
 )
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.export.tensorrt.dims import Dims, dims_of, inputs, size_of
