@@ -125,6 +125,25 @@ def test_many_labels_are_embedded_in_parts():
     assert len(texts.asked) == 100
 
 
+def test_an_embedding_is_made_by_a_head_and_texts_by_the_output_that_the_task_names():
+    seen = []
+    encoder = FakeSession(lambda inputs: {"c4": inputs["tiles"][:, :2], "c5": inputs["tiles"][:, :1]})
+    head = FakeSession(lambda inputs: seen.append(sorted(inputs)) or {"embedding": inputs["c4"].mean(axis=(2, 3))})
+    text = FakeSession(lambda inputs: {"scene": WORD_VECTORS[inputs["input_ids"][:, 0]], "embedding": None})
+    task = MatchTask(
+        input=INPUT, encoder="e", encoder_outputs=("c5", "c4"), head="h", text=TEXT | {"output": "scene"},
+        label_prompt="{label}", score="softmax", logit_scale=1.0, memory=MEMORY,
+    )  # fmt: skip
+    match = Matcher(task, encoder, text, FakeTexts(PROMPTS), head)
+    tiles = np.tile(np.array([3.0, 4.0, 0.0], np.float32)[None, :, None, None], (2, 1, 8, 8))
+    np.testing.assert_allclose(match.images(tiles), [[0.6, 0.8]] * 2)
+    np.testing.assert_allclose(match.texts(["sea"]), [[1, 0]])
+    assert seen == [["c4", "c5"]]
+    for half in ({"head": None}, {"encoder_outputs": ()}):
+        with pytest.raises(ValueError, match="name both, or neither"):
+            MatchTask.model_validate(task.model_dump() | half)
+
+
 # Open-vocabulary detection
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from edge_rsvlm.config.inputs import InputSpec, TaskMemory, TextEncoder, Tokenizer
 from edge_rsvlm.config.model import Model
@@ -266,6 +266,12 @@ class MatchTask(Model):
     logit_scale: float
     logit_bias: float = 0.0
     memory: TaskMemory
+
+    @model_validator(mode="after")
+    def _head_has_features(self) -> MatchTask:
+        if (self.head is None) != (not self.encoder_outputs):
+            raise ValueError("a head makes the embedding of encoder_outputs: name both, or neither")
+        return self
 
 
 AnyDetectTask = Annotated[DetectTask | OpenDetectTask | TextDetectTask, Field(discriminator="kind")]

@@ -183,7 +183,9 @@ class Runtime:
 
     def matcher(self, verb: str, task: MatchTask) -> Matcher:
         def make() -> Matcher:
-            return Matcher(task, self.open(task.encoder), self.open(task.text.graph), self._texts(task.text))
+            head = None if task.head is None else self.open(task.head)
+            text = self.open(task.text.graph)
+            return Matcher(task, self.open(task.encoder), text, self._texts(task.text), head)
 
         return self._once(("match", verb), make)
 

@@ -38,7 +38,7 @@ class OpenDetector:
         self._spec, self._encoder = spec, encoder
         self._threshold = spec.score_threshold if score_threshold is None else score_threshold
         prompts = [spec.query_prompt.replace("{label}", label) for label in labels]
-        self._queries_QD = _unit(embed_texts(text, texts, prompts))
+        self._queries_QD = _unit(embed_texts(text, texts, prompts, spec.text.output))
 
     def __call__(self, pixels_NCHW: NDArray[np.float32]) -> list[Boxes]:
         """Per image at most ``max_boxes_per_tile`` boxes; they may reach beyond the image."""

@@ -13,26 +13,17 @@ from pathlib import Path
 import onnx
 
 from edge_rsvlm.budget import BATCHES
-from edge_rsvlm.config.inputs import InputSpec, Tokenizer
+from edge_rsvlm.config.inputs import InputSpec, TextEncoder
 from edge_rsvlm.config.manifest import Manifest, ShapeRange
-from edge_rsvlm.config.task_specs import (
-    AnswerTask,
-    ChangeTask,
-    DetectTask,
-    GenerateTask,
-    GgufTask,
-    MatchTask,
-    OnnxDecoder,
-    OpenDetectTask,
-)
+from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, OnnxDecoder
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.export.tensorrt.dims import Dims, dims_of, inputs, size_of
+from edge_rsvlm.pipeline.runtime import AnyTask
 from edge_rsvlm.pipeline.shapes import Shape, prepared_shape
 from edge_rsvlm.pipeline.views import F32_BYTES, PROMPT_TOKENS
 from edge_rsvlm.tasks.decoder import cache_names
 from edge_rsvlm.tasks.match import TEXTS_AT_ONCE
 
-AnyTask = DetectTask | OpenDetectTask | ChangeTask | GenerateTask | GgufTask | AnswerTask | MatchTask
 BATCH = BATCHES[0]
 ASPECTS = ((1, 2), (1, 1), (2, 1))
 """Of images looked at whole, where a model's size follows the image's; longer ones need --device cpu."""
@@ -111,12 +102,9 @@ class _Sizes:
         alone = bool(seeing) and all(isinstance(task, GenerateTask) and task.input.prepare for task in seeing)
         return 1, 1 if alone else BATCH, BATCH
 
-    def _texts(self) -> list[_Text]:
-        return [
-            _Text(task.text.graph, task.text.tokenizer)
-            for task in self._tasks()
-            if isinstance(task, (MatchTask, OpenDetectTask))
-        ]
+    def _texts(self) -> list[TextEncoder]:
+        found = [getattr(task, "text", None) for task in self._tasks()]
+        return [text for text in found if isinstance(text, TextEncoder)]
 
     def _tokens(self) -> Sizes:
         """Tokens that a text, a question or a prompt has."""
@@ -167,19 +155,13 @@ class _Sizes:
     def _feature_map(self, role: str) -> list[Sizes]:
         """Features that a head or a projection reads, as large as its encoder's output is."""
         for task in self._tasks():
-            heads = (getattr(task, "head", None), getattr(task, "project", None))
+            encoder, heads = getattr(task, "encoder", None), (getattr(task, "head", None), getattr(task, "project", None))
             output = role.removeprefix("before_").removeprefix("after_")
-            if self.name in heads and isinstance(task, (DetectTask, ChangeTask, GenerateTask)):
-                shapes = _output_shapes(self.manifest, task.encoder, self.graph.parent, output)
+            if encoder is not None and self.name in heads:
+                shapes = _output_shapes(self.manifest, encoder, self.graph.parent, output)
                 if shapes:
                     return shapes
         return []
-
-
-@dataclass(frozen=True)
-class _Text:
-    graph: str
-    tokenizer: Tokenizer
 
 
 def prepared_shapes(spec: InputSpec) -> list[Shape]:
