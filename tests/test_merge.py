@@ -189,6 +189,18 @@ def test_regions_do_not_depend_on_the_bands(cuts):
     assert plain(merge(mask, probability, cuts)) == plain(merge(mask, probability, []))
 
 
+@pytest.mark.parametrize("cuts", [[], list(range(1, 24)), [5, 6, 20]])
+def test_regions_of_several_values_are_those_of_each_alone(cuts):
+    rng = np.random.default_rng(3)
+    values = rng.integers(0, 4, (24, 29)).astype(np.uint8)
+    probability = rng.random(values.shape).astype(np.float32)
+    regions = merge(values, probability, cuts)
+    for value in (1, 2, 3):
+        alone = merge((values == value).astype(np.uint8), probability, [])
+        assert plain([r for r in regions if r.value == value]) == plain(alone) and len(alone) > 5
+    assert plain(regions) == plain(merge(values, probability, []))
+
+
 def test_touching_corners_join_a_region_of_two_polygons():
     mask = np.array([[1, 0], [0, 1]], bool)
     (region,) = merge(mask, mask.astype(np.float32), [1])

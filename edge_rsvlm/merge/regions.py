@@ -1,6 +1,6 @@
 """Connected regions of a raster that arrives in bands of rows, with their outlines.
 
-A region is 8-connected. It is kept as runs of pixels, so memory follows the open regions and not the raster, and
+A region is 8-connected and of one value. It is kept as runs of pixels, so memory follows the open regions and not the raster, and
 nothing depends on where the raster was cut into bands. Letters: H, W rows and columns of a band, R runs, E links.
 """
 
@@ -20,6 +20,7 @@ class Region:
     """``polygons``: per 4-connected piece its closed rings [M, 2] in raster pixels, exterior first, then holes."""
 
     polygons: list[list[Ring]]
+    value: int
     area_px: int
     score: float
     """Mean probability over its pixels."""
@@ -33,18 +34,18 @@ class RegionMerger:
         self._runs = Runs.none()
         self._region_R = np.zeros(0, np.intp)
 
-    def feed(self, first_row: int, changed_HW: NDArray[np.bool_], probability_HW: NDArray[np.float32]) -> list[Region]:
-        """Add the rows from ``first_row`` on; return the regions that do not touch the last of them."""
-        if not len(changed_HW):
+    def feed(self, first_row: int, value_HW: NDArray[np.uint8], probability_HW: NDArray[np.float32]) -> list[Region]:
+        """Add the rows from ``first_row`` on; return the regions that do not touch the last of them. 0 is no region."""
+        if not len(value_HW):
             return []
-        found = Runs.of(first_row, changed_HW, probability_HW)
+        found = Runs.of(first_row, value_HW, probability_HW)
         runs = concatenate([self._runs, found])
         upper_E, lower_E = links(runs, self._width, diagonal=True, since_row=first_row)
         # Runs that were one region already stay one: their first run stands for all.
         known, first = np.unique(self._region_R, return_index=True)
         stands_R = np.concatenate([first[np.searchsorted(known, self._region_R)], self._fresh(len(found))])
         region_R = components(len(runs), stands_R[upper_E], stands_R[lower_E])[stands_R]
-        return self._release(runs, region_R, first_row + len(changed_HW) - 1)
+        return self._release(runs, region_R, first_row + len(value_HW) - 1)
 
     def flush(self) -> list[Region]:
         """The regions that are left."""
@@ -75,8 +76,10 @@ class RegionMerger:
         score = np.add.reduceat(runs.probability_R, starts) / pixels
         polygons = _polygons(runs, self._width, region_R)
         first = np.lexsort((runs.col_R[starts], runs.row_R[starts], last_row))
-        regions = [Region(polygons[int(region_R[starts[i]])], int(pixels[i]), float(score[i])) for i in first]
-        return regions
+        return [
+            Region(polygons[int(region_R[starts[i]])], int(runs.value_R[starts[i]]), int(pixels[i]), float(score[i]))
+            for i in first
+        ]
 
 
 def _polygons(runs: Runs, width: int, region_R: NDArray[np.intp]) -> dict[int, list[list[Ring]]]:

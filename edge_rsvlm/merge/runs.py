@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Runs:
-    """R runs of pixels: row, first column, column after the last, and the sum of their probabilities."""
+    """R runs of pixels of one value: row, first column, column after the last, and the sum of their probabilities."""
 
     row_R: NDArray[np.int64]
     col_R: NDArray[np.int64]
     end_R: NDArray[np.int64]
+    value_R: NDArray[np.uint8]
     probability_R: NDArray[np.float64]
 
     def __len__(self) -> int:
@@ -28,19 +29,24 @@ class Runs:
     @classmethod
     def none(cls) -> Runs:
         nothing = np.zeros(0, np.int64)
-        return cls(nothing, nothing, nothing, np.zeros(0))
+        return cls(nothing, nothing, nothing, np.zeros(0, np.uint8), np.zeros(0))
 
     @classmethod
-    def of(cls, first_row: int, mask_HW: NDArray[np.bool_], probability_HW: NDArray[np.float32]) -> Runs:
-        """The runs of a mask, in raster order; each sum is of its own pixels alone, however the raster was cut."""
-        edges = np.diff(np.pad(mask_HW, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-        row_R, col_R = np.nonzero(edges > 0)
-        end_R = np.nonzero(edges < 0)[1]
+    def of(cls, first_row: int, value_HW: NDArray[np.uint8], probability_HW: NDArray[np.float32]) -> Runs:
+        """The runs of values other than 0, in raster order.
+
+        Each sum is of its own pixels alone, however the raster was cut.
+        """
+        padded = np.pad(value_HW, ((0, 0), (1, 1)))
+        before, after = padded[:, :-1], padded[:, 1:]
+        edge = before != after
+        row_R, col_R = np.nonzero(edge & (after != 0))
+        end_R = np.nonzero(edge & (before != 0))[1]
         if not len(row_R):
             return cls.none()
-        inside = probability_HW[mask_HW].astype(np.float64)
+        inside = probability_HW[value_HW != 0].astype(np.float64)
         starts = np.cumsum(end_R - col_R) - (end_R - col_R)
-        return cls(row_R + first_row, col_R, end_R, np.add.reduceat(inside, starts))
+        return cls(row_R + first_row, col_R, end_R, value_HW[row_R, col_R], np.add.reduceat(inside, starts))
 
 
 def take(runs: Runs, chosen: NDArray[np.generic]) -> Runs:
@@ -54,7 +60,7 @@ def concatenate(parts: Sequence[Runs]) -> Runs:
 def links(
     runs: Runs, width: int, *, diagonal: bool, since_row: int | None = None
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Pairs (upper, lower) of runs in adjacent rows that touch; ``runs`` are in raster order.
+    """Pairs (upper, lower) of runs of one value in adjacent rows that touch; ``runs`` are in raster order.
 
     ``since_row``: only pairs whose lower run lies in this row or below.
     """
@@ -68,7 +74,8 @@ def links(
     counts = np.maximum(after - first, 0)
     lower_E = np.repeat(lower, counts)
     upper_E = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
-    return upper_E, lower_E
+    same = runs.value_R[upper_E] == runs.value_R[lower_E]
+    return upper_E[same], lower_E[same]
 
 
 def components(count: int, a_E: NDArray[np.intp], b_E: NDArray[np.intp]) -> NDArray[np.intp]:
