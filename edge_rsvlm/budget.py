@@ -35,7 +35,8 @@ class Demand:
     key-value caches of one. ``adapter_bytes`` are factors that are fed whatever the tile. The input has ``tiles``, of
     ``tile_px``. ``scale_xy`` are pixels as read (of the raster or an overview) per tile pixel, ``width`` pixels of the
     raster. ``resident_bytes`` stay decoded for as long as the input is open. ``canvas_rows`` is how many rows of the
-    raster the results of two rows of tiles cover.
+    raster the results of two rows of tiles cover, at ``canvas_bytes`` per pixel; ``map_bytes`` are the results of one
+    tile before they are there.
     """
 
     task: str
@@ -50,6 +51,8 @@ class Demand:
     width: int = 1
     resident_bytes: int = 0
     canvas_rows: int = 0
+    canvas_bytes: int = 0
+    map_bytes: int = 0
     dates: int = 1
 
 
@@ -136,5 +139,5 @@ def _sizes(demand: Demand, batch: int, read_pixels: int) -> dict[str, int]:
         "pixels": read_bytes,
         "tiles": demand.tile_bytes * demand.dates * in_flight,
         "engine": (demand.memory.tile_bytes + demand.cache_bytes) * at_once,
-        "canvas": demand.width * rows * 3 if demand.task == "change" else 0,
+        "canvas": demand.width * rows * demand.canvas_bytes + demand.map_bytes,
     }

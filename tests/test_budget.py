@@ -17,6 +17,7 @@ def demand(task="detect", **options):
         "scale_xy": (1.0, 1.0),
         "width": 3000,
         "canvas_rows": 256,
+        "canvas_bytes": 3 if task == "change" else 0,
         "dates": 2 if task == "change" else 1,
     }
     return Demand(task, spec.memory, **(defaults | options))

@@ -44,10 +44,20 @@ GRAPHS = {
     "finder": ({"tiles": "image"}, {"features": "place"}),
     "embed": ({"input_ids": "ids"}, {"inputs_embeds": "embedded"}),
     "decoder": ({"inputs_embeds": "embedded"}, {"logits": "next"}),
+    "maps": ({"tiles": "image"}, {"c3": "bright", "c4": "grey"}),
+    "cells": ({"c3": "bright"}, {"embeddings": "meant"}),
+    "pool": ({"c4": "grey"}, {"embedding": "seen"}),
 }
 MATCH = {
     "input": INPUT, "encoder": "eye", "text": TEXT, "label_prompt": "{label}", "score": "softmax", "logit_scale": 10.0,
     "memory": MEMORY,
+}  # fmt: skip
+TILES = {name: value for name, value in INPUT.items() if name != "prepare"} | {"whole_px": 0}
+POOLED = MATCH | {"input": TILES, "encoder": "maps", "encoder_outputs": ["c4"], "head": "pool"}
+SEGMENT = {
+    "input": TILES, "encoder": "maps", "encoder_outputs": ["c3"], "head": "cells", "text": TEXT,
+    "label_prompt": "{label}", "logit_scale": 10.0, "logit_bias": -8.0, "stride": 4, "threshold": 0.5,
+    "min_area_m2": 0, "min_area_px": 1, "memory": MEMORY,
 }  # fmt: skip
 OPEN = {
     "kind": "open_vocabulary", "input": INPUT, "encoder": "boxes", "text": TEXT, "query_prompt": "{label}",
@@ -74,7 +84,8 @@ class WideEngine(FakeEngine):
 
     def open(self, graph):
         known = {"eye": _eye, "words": _words, "boxes": _boxes, "answers": _answers, "regions": _regions,
-                 "finder": _finder, "embed": _embed, "decoder": _decode}  # fmt: skip
+                 "finder": _finder, "embed": _embed, "decoder": _decode, "maps": _maps, "cells": _cells,
+                 "pool": _pool}  # fmt: skip
         return FakeSession(known[graph.stem]) if graph.stem in known else super().open(graph)
 
 
@@ -85,6 +96,23 @@ def _brightness(image):
 def _eye(inputs):
     share = _brightness(inputs["image"])
     return {"seen": np.stack([share, 1 - share], axis=1).astype(np.float32)}
+
+
+def _maps(inputs):
+    image = inputs["image"]
+    return {"bright": (image[:, :1] + 1) / 2, "grey": (image.mean(axis=1, keepdims=True) + 1) / 2}
+
+
+def _cells(inputs):
+    """Of 4 x 4 pixels, how bright and how dark they are."""
+    n, _, h, w = inputs["bright"].shape
+    share = inputs["bright"].reshape(n, h // 4, 4, w // 4, 4).mean(axis=(2, 4))
+    return {"meant": np.stack([share, 1 - share], axis=1)}
+
+
+def _pool(inputs):
+    share = inputs["grey"].mean(axis=(1, 2, 3))
+    return {"seen": np.stack([share, 1 - share], axis=1)}
 
 
 def _words(inputs):

@@ -10,7 +10,7 @@ import click
 from edge_rsvlm import __version__
 
 VERBS = (
-    "demo", "caption", "ask", "ground", "detect", "classify", "change", "index", "search", "run",
+    "demo", "caption", "ask", "ground", "detect", "classify", "segment", "change", "index", "search", "run",
     "plan", "doctor", "profiles", "verify", "keys", "eval", "engine", "export",
 )  # fmt: skip
 

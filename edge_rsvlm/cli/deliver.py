@@ -14,6 +14,7 @@ from edge_rsvlm.geo import PixelMapper
 from edge_rsvlm.pipeline.ask import is_features
 from edge_rsvlm.pipeline.detect import DetectQuery
 from edge_rsvlm.pipeline.outcome import Emit, Outcome, Progress
+from edge_rsvlm.pipeline.segment import EXPERIMENTAL, SegmentOutcome
 from edge_rsvlm.pipeline.session import Session, georeference
 from edge_rsvlm.raster.inputs import Source
 from edge_rsvlm.sinks.geojson import GeoJsonWriter
@@ -48,11 +49,18 @@ class Results:
         return ", ".join(f"{count} {label}" for label, count in sorted(self.labels.items())) or "nothing found"
 
 
+def _areas(outcome: SegmentOutcome, counts: Mapping[str, int]) -> str:
+    """Segments and area of each label, for people."""
+    found = [f"{counts.get(label, 0)} {label} on {share:.1%}" for label, share in outcome.labels if share]
+    return f"{', '.join(found[:MOST_LABELS])} of the valid area" if found else "nothing found"
+
+
 class Delivery:
     """Runs tasks of one session. JSON lines go to ``json_stream``; without one, a line for people to stdout."""
 
     def __init__(self, session: Session, code: ExitCode, json_stream: TextIO | None) -> None:
         self._session, self._code, self._stream = session, code, json_stream
+        self._said_experimental = False
 
     def caption(self, source: Source, geojson: Path | None, sampling: Sampling | None = None) -> None:
         self._deliver(
@@ -106,6 +114,24 @@ class Delivery:
             text=lambda _, results: results.counts(),
         )
 
+    def segment(self, source: Source, labels: Sequence[str], geojson: Path | None, mask: Path | None) -> None:
+        def work(emit: Emit, progress: Progress | None) -> SegmentOutcome:
+            with ExitStack() as stack:
+                rows = None
+                if mask:
+                    rows = stack.enter_context(MaskWriter(mask, georeference(source.path), labels)).write_rows
+                return self._session.segment(source.path, labels, emit, rows, progress)
+
+        self._deliver(
+            source.name,
+            {"image": source.name},
+            "segments",
+            (source.path, geojson),
+            work,
+            tail=lambda outcome: {"labels": outcome.labels},
+            text=lambda outcome, results: _areas(outcome, results.labels),
+        )
+
     def change(self, before: Source, after: Source, geojson: Path | None, mask: Path | None) -> None:
         def work(emit: Emit, progress: Progress | None) -> Any:
             with ExitStack() as stack:
@@ -145,10 +171,18 @@ class Delivery:
                     spool.finish({**tail(outcome), **outcome.record()}, self._stream)
             if self._stream is None:
                 click.echo(f"{name}: {text(outcome, results)}")
-            for warning in outcome.warnings:
-                click.echo(f"{name}: {warning}", err=True)
+            self._warn(name, outcome.warnings)
             if not outcome.complete:
                 self._code.partial(name, outcome.coverage)
+
+    def _warn(self, name: str, warnings: Sequence[str]) -> None:
+        """What is true of the bundle, whatever the input, is said once."""
+        for warning in warnings:
+            if warning != EXPERIMENTAL:
+                click.echo(f"{name}: {warning}", err=True)
+            elif not self._said_experimental:
+                click.echo(warning, err=True)
+                self._said_experimental = True
 
     @contextmanager
     def _results(

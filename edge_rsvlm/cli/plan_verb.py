@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.argument("images", nargs=-1, required=True)
 @click.option(
     "--task",
-    type=click.Choice(["caption", "ask", "ground", "detect", "classify", "search", "change"]),
+    type=click.Choice(["caption", "ask", "ground", "detect", "classify", "segment", "search", "change"]),
     multiple=True,
     help="Task to plan; change takes two IMAGES.  [default: all of the bundle but change]",
 )

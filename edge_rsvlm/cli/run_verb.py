@@ -71,3 +71,5 @@ def _deliver(delivery: Delivery, job: Job, task: str, source: Source, geojson: P
         delivery.classify(source, job.classify.labels, geojson)
     else:
         delivery.caption(source, geojson)
+    elif task == "segment" and job.segment:
+        delivery.segment(source, job.segment.labels, geojson, geojson and geojson.with_suffix(".tif"))

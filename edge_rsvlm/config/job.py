@@ -1,7 +1,7 @@
 """``JOB.toml``: several tasks over many scenes with one set of loaded models.
 
 version = 1
-tasks = ["caption", "detect"]      # also "ask", "ground", "classify"
+tasks = ["caption", "detect"]      # also "ask", "ground", "classify", "segment"
 inputs = ["scenes/*.tif"]          # relative to the job file
 output = "results"                 # one GeoJSON per input and task, and results.jsonl
 
@@ -13,6 +13,9 @@ question = "is there a river?"
 
 [classify]                         # for the task "classify"
 labels = ["airport", "beach"]
+
+[segment]                          # for the task "segment", which also writes masks
+labels = ["trees", "water"]
 
 [[change]]
 before = "2018.tif"
@@ -53,6 +56,10 @@ class ClassifyOptions(Model):
 
 
 class Pair(Model):
+class SegmentOptions(Model):
+    labels: tuple[str, ...] = Field(min_length=1)
+
+
     before: str
     after: str
 
@@ -67,7 +74,7 @@ class JobLimits(Model):
 
 class Job(Model):
     version: Literal[1]
-    tasks: tuple[Literal["caption", "ask", "ground", "detect", "classify"], ...] = ()
+    tasks: tuple[Literal["caption", "ask", "ground", "detect", "classify", "segment"], ...] = ()
     inputs: tuple[str, ...] = ()
     output: str
     detect: DetectOptions = DetectOptions()
@@ -75,15 +82,27 @@ class Job(Model):
     ground: GroundOptions | None = None
     classify: ClassifyOptions | None = None
     change: tuple[Pair, ...] = ()
+    segment: SegmentOptions | None = None
     limits: JobLimits = JobLimits()
 
+
+    def texts(self, task: str) -> tuple[str, ...]:
+        """What a task is asked in words."""
+        said: dict[str, tuple[str, ...]] = {
+            "detect": self.detect.query,
+            "ask": (self.ask.question,) if self.ask else (),
+            "ground": (self.ground.phrase,) if self.ground else (),
+            "classify": self.classify.labels if self.classify else (),
+            "segment": self.segment.labels if self.segment else (),
+        }
+        return said.get(task, ())
 
 def load_job(path: Path) -> Job:
     """Read and check a job; UsageError names the wrong key or line. Paths stay as written."""
     job = load_toml(Job, path, "job")
     if bool(job.tasks) != bool(job.inputs) or not (job.tasks or job.change):
         raise UsageError(f"job {path} has nothing to do", fix="give tasks with inputs, or [[change]] pairs")
-    for task, needed in (("ask", "question"), ("ground", "phrase"), ("classify", "labels")):
+    for task, needed in (("ask", "question"), ("ground", "phrase"), ("classify", "labels"), ("segment", "labels")):
         if task in job.tasks and getattr(job, task) is None:
             raise UsageError(
                 f"job {path} has the task '{task}' without its {needed}", fix=f"add [{task}] with {needed}"

@@ -1,7 +1,8 @@
 """Connected regions of a raster that arrives in bands of rows, with their outlines.
 
-A region is 8-connected and of one value. It is kept as runs of pixels, so memory follows the open regions and not the raster, and
-nothing depends on where the raster was cut into bands. Letters: H, W rows and columns of a band, R runs, E links.
+A region is 8-connected and of one value. It is kept as runs of pixels, so memory follows the open regions and not the
+raster, and nothing depends on where the raster was cut into bands. Letters: H, W rows and columns of a band, R runs,
+E links.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Canvas:
 
 def levels(probability: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Probabilities in steps of 1 / LEVELS, which leaves room for UNKNOWN."""
-    return np.rint(probability * LEVELS).astype(np.uint8)
+    return np.asarray(np.rint(probability * LEVELS), np.uint8)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from edge_rsvlm.config.task_specs import (
     OpenDetectTask,
     Tasks,
 )
+    SegmentTask,
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.pipeline.adapters import Factors, read_adapter
 from edge_rsvlm.pipeline.outcome import Deadline, Progress
@@ -39,8 +40,12 @@ from edge_rsvlm.tasks.open_detect import OpenDetector
 from edge_rsvlm.tasks.text import Texts
 from edge_rsvlm.types import InferenceSession, LanguageModel
 
+from edge_rsvlm.tasks.segment import Segmenter
 T = TypeVar("T")
-AnyTask = DetectTask | OpenDetectTask | ChangeTask | GenerateTask | GgufTask | AnswerTask | MatchTask
+AnyTask = (
+    DetectTask | OpenDetectTask | TextDetectTask | ChangeTask | GenerateTask | GgufTask | AnswerTask | MatchTask
+    | SegmentTask
+)  # fmt: skip
 
 
 class Engine(Protocol):
@@ -206,6 +211,15 @@ def _caches(tasks: Tasks, graph: str) -> frozenset[str]:
     caches = [d.cache for d in decoders if isinstance(d, OnnxDecoder) and d.graph == graph]
     return frozenset(name for cache in caches for name in cache_names(cache).values())
 
+    def segmenter(self, task: SegmentTask, labels: Sequence[str]) -> Segmenter:
+        """Kept from input to input, since it holds the embedded ``labels``."""
+
+        def make() -> Segmenter:
+            text = self.open(task.text.graph)
+            return Segmenter(task, self.open(task.head), text, self._texts(task.text), labels)
+
+        return self._once(("segment", *labels), make)
+
 
 def _most(tasks: Tasks, model: str) -> tuple[int, int]:
     """The longest context and the most beams of the tasks whose answers this GGUF model writes."""
@@ -299,3 +313,9 @@ def cpu_engine(threads: int, arena_bytes: int) -> Engine:
     from edge_rsvlm.pipeline.engines import CpuEngine
 
     return CpuEngine(threads, arena_bytes)
+def segment_task(manifest: Manifest) -> SegmentTask:
+    if manifest.tasks.segment is None:
+        raise _lacking(manifest, "segment")
+    return manifest.tasks.segment
+
+

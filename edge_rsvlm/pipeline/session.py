@@ -36,8 +36,10 @@ from edge_rsvlm.pipeline.runtime import (
     ground_task,
     search_task,
     task_of,
+    segment_task,
 )
 from edge_rsvlm.pipeline.stream import View, scene_batches
+from edge_rsvlm.pipeline.segment import SegmentOutcome, segment
 from edge_rsvlm.pipeline.views import demand, image_view, scene_view
 from edge_rsvlm.raster.align import open_aligned
 from edge_rsvlm.raster.reader import Raster, open_raster
@@ -199,6 +201,19 @@ class Session:
         task = change_task(self.bundle.manifest)
         with open_raster(after) as later, open_aligned(before, later) as earlier:
             view, needs = self.change_demand(earlier, later)
+    def segment(
+        self,
+        path: str,
+        labels: Sequence[str],
+        emit: Emit,
+        mask_rows: MaskRows | None = None,
+        progress: Progress | None = None,
+    ) -> SegmentOutcome:
+        task = segment_task(self.bundle.manifest)
+        check_texts(self.bundle, "segment", labels)
+        with self._seeing("segment", path, progress) as (runtime, view, pace):
+            return segment(runtime, task, view, labels, pace, emit, mask_rows)
+
             with self._pace(needs, progress) as (runtime, pace):
                 return change(runtime, task, view, pace, emit, mask_rows)
 

@@ -6,10 +6,11 @@ import math
 
 from edge_rsvlm.budget import Demand
 from edge_rsvlm.config.inputs import InputSpec
-from edge_rsvlm.config.task_specs import GenerateTask, GgufDecoder
+from edge_rsvlm.config.task_specs import ChangeTask, GenerateTask, GgufDecoder, SegmentTask
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.geo import PixelMapper, metres_per_pixel
 from edge_rsvlm.pipeline.runtime import AnyTask
+from edge_rsvlm.pipeline.segment import MOST_LABELS
 from edge_rsvlm.pipeline.shapes import Shape, prepared_shape
 from edge_rsvlm.pipeline.stream import View
 from edge_rsvlm.raster.plan import choose_scale
@@ -17,6 +18,8 @@ from edge_rsvlm.raster.reader import Raster
 
 BLOCKS_OPEN = 2
 """Decoded blocks that GDAL holds beside its cache: the one being decoded, in the file's layout and in ours."""
+CANVAS_COPIES = 3
+"""Of a row of the canvas: as it is, as it grows, and what is computed of it."""
 MUCH_COARSER = 4
 F32_BYTES = 4
 PROMPT_TOKENS = 256
@@ -85,8 +88,23 @@ def demand(verb: str, task: AnyTask, view: View, max_tokens: int | None = None) 
         width=view.size[0],
         resident_bytes=sum(BLOCKS_OPEN * r.block_bytes if r.windowed else r.decoded_bytes for r in view.rasters),
         canvas_rows=math.ceil(2 * view.spec.tile_px * view.scale_xy[1]),
+        canvas_bytes=CANVAS_COPIES * planes(task),
+        map_bytes=map_bytes(task),
         dates=len(view.rasters),
     )
+
+
+def planes(task: AnyTask) -> int:
+    """Bytes that a task keeps of a raster pixel until its row is complete."""
+    return 2 if isinstance(task, SegmentTask) else 1 if isinstance(task, ChangeTask) else 0
+
+
+def map_bytes(task: AnyTask) -> int:
+    """What a task computes of the cells of one tile, beyond what its graphs give."""
+    if not isinstance(task, SegmentTask):
+        return 0
+    # Logits, their exponentials and scores.
+    return 3 * F32_BYTES * MOST_LABELS * math.ceil(task.input.tile_px / task.stride) ** 2
 
 
 def _tile(view: View) -> tuple[int, Shape]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import colorsys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -23,28 +24,37 @@ from edge_rsvlm.types import Georeference
 
 NODATA = 255
 BLOCK_PX = 256
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+"""Steps of this share of the colour circle never come close to a hue that was there."""
 
 
 class MaskWriter:
-    """A uint8 GeoTIFF at ``path``, whole or not at all; rows that are never written are 255, nodata.
+    """A uint8 GeoTIFF at ``path``, whole or not at all; rows that are never written are nodata.
+
+    Nodata is 255. With ``labels`` it is 0, which stands for no label as well, and the k-th label is k: a colour table
+    shows them and tags LABEL_1 ... name them.
 
     Rows wait until a row of blocks is full, so that each block is compressed once and in order: the file's bytes do not
     depend on how the rows were cut. Raises UsageError when the file cannot be written.
     """
 
-    def __init__(self, path: Path, georeference: Georeference) -> None:
-        self._path, self._georeference = path, georeference
+    def __init__(self, path: Path, georeference: Georeference, labels: Sequence[str] = ()) -> None:
+        self._path, self._georeference, self._labels = path, georeference, labels
+        self._nodata = 0 if labels else NODATA
         self._stack = ExitStack()
         self._dataset: Any = None
-        self._waiting: NDArray[np.uint8] = np.full((BLOCK_PX, georeference.width), NODATA, np.uint8)
+        self._waiting: NDArray[np.uint8] = np.full((BLOCK_PX, georeference.width), self._nodata, np.uint8)
         self._top = 0
 
     def __enter__(self) -> MaskWriter:
         with ExitStack() as stack:
             partial = stack.enter_context(written_whole(self._path))
             with self._gdal_errors():
-                self._dataset = rasterio.open(partial, "w", **_profile(self._georeference))
+                self._dataset = rasterio.open(partial, "w", **_profile(self._georeference, self._nodata))
             stack.callback(self._dataset.close)
+            if self._labels:
+                with self._gdal_errors():
+                    self._name_labels()
             self._stack = stack.pop_all()
         return self
 
@@ -68,12 +78,16 @@ class MaskWriter:
             with self._gdal_errors():
                 self._dataset.close()
 
+    def _name_labels(self) -> None:
+        self._dataset.write_colormap(1, colours(len(self._labels)))
+        self._dataset.update_tags(1, **{f"LABEL_{k}": label for k, label in enumerate(self._labels, start=1)})
+
     def _write_block_row(self) -> None:
         height = min(BLOCK_PX, self._georeference.height - self._top)
         window = Window(0, self._top, self._georeference.width, height)
         with self._gdal_errors():
             self._dataset.write(self._waiting[:height], 1, window=window)
-        self._waiting[:] = NODATA
+        self._waiting[:] = self._nodata
         self._top += BLOCK_PX
 
     @contextmanager
@@ -88,10 +102,19 @@ class MaskWriter:
             ) from exc
 
 
-def _profile(georeference: Georeference) -> dict[str, Any]:
+def colours(count: int) -> dict[int, tuple[int, int, int, int]]:
+    """RGBA of the values 1 ... ``count``, far apart; 0 is transparent."""
+    table = {0: (0, 0, 0, 0)}
+    for k in range(count):
+        red, green, blue = colorsys.hsv_to_rgb((k * GOLDEN_RATIO) % 1.0, 0.8, 0.95)
+        table[k + 1] = (round(255 * red), round(255 * green), round(255 * blue), 255)
+    return table
+
+
+def _profile(georeference: Georeference, nodata: int) -> dict[str, Any]:
     profile: dict[str, Any] = {
         "driver": "GTiff", "width": georeference.width, "height": georeference.height, "count": 1, "dtype": "uint8",
-        "nodata": NODATA, "tiled": True, "blockxsize": BLOCK_PX, "blockysize": BLOCK_PX, "compress": "deflate",
+        "nodata": nodata, "tiled": True, "blockxsize": BLOCK_PX, "blockysize": BLOCK_PX, "compress": "deflate",
         "bigtiff": "if_safer",
     }  # fmt: skip
     if georeference.crs_wkt is not None:

@@ -15,7 +15,16 @@ import numpy as np
 from edge_rsvlm.budget import process_bytes
 from edge_rsvlm.bundle import load_bundle
 from edge_rsvlm.config.inputs import InputSpec
-from edge_rsvlm.config.task_specs import AnswerTask, ChangeTask, DetectTask, GenerateTask, GgufTask, OpenDetectTask
+from edge_rsvlm.config.task_specs import (
+    AnswerTask,
+    ChangeTask,
+    DetectTask,
+    GenerateTask,
+    GgufTask,
+    OpenDetectTask,
+    SegmentTask,
+    TextDetectTask,
+)
 from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, task_of
 from edge_rsvlm.pipeline.scaling import per_channel
 from edge_rsvlm.tasks.encode import encode
@@ -50,6 +59,13 @@ def runner(runtime: Runtime, verb: str) -> Run:
     if isinstance(task, OpenDetectTask):
         detect = runtime.open_detector(task, ["airplane"])
         return lambda n: detect(pixels(task.input, n))
+    if isinstance(task, SegmentTask):
+        segmenter, encoder = runtime.segmenter(task, ["trees"]), runtime.open(task.encoder)
+        return lambda n: segmenter.embeddings(encode(encoder, pixels(task.input, n), task.encoder_outputs))
+    if isinstance(task, TextDetectTask):
+        finder, encoder, wanted = runtime.text_detector(task), runtime.open(task.encoder), task.classes
+        queries_QD, least = runtime.text_queries(task, wanted), task.score_threshold
+        return lambda n: finder(encode(encoder, pixels(task.input, n), task.encoder_outputs), queries_QD, least)
     matcher = runtime.matcher(verb, task)
     return lambda n: (matcher.texts([TEXT]), matcher.images(pixels(task.input, n)))
 
