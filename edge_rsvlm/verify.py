@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from edge_rsvlm.config.task_specs import GenerateTask, GgufTask
 from edge_rsvlm.errors import BudgetError, BundleError
 from edge_rsvlm.pipeline.adapters import read_adapter
 from edge_rsvlm.pipeline.runtime import Runtime, by_llama, cpu_engine, task_of
+from edge_rsvlm.pipeline.vocabulary import vocabulary_of
 from edge_rsvlm.tasks.gguf import GgufGenerator
 from edge_rsvlm.tasks.search import follow
+from edge_rsvlm.tasks.vocabulary import read_vocabulary
 from edge_rsvlm.types import InferenceSession, Prompt
 
 MOST_PROBE_BYTES = 1 << 30
@@ -73,6 +75,7 @@ def verify(path: Path | None, rules: Rules, open_graph: OpenGraph | None = None)
         if problems:
             return Report(found.manifest, found.trusted_by, tuple(problems))
         bundle = found.bundle()
+        problems += vocabulary_problems(bundle)
         results: list[ProbeResult] = []
         for case in bundle.manifest.probe:
             try:
@@ -81,6 +84,16 @@ def verify(path: Path | None, rules: Rules, open_graph: OpenGraph | None = None)
                 problems.append(Problem.of("probe", exc))
         problems += [_failure(result) for result in results if not result.passed]
         return Report(bundle.manifest, bundle.trusted_by, tuple(problems), tuple(results))
+
+
+def vocabulary_problems(bundle: Bundle) -> Iterator[Problem]:
+    """Files of words that are none."""
+    tasks = [task for _, task in bundle.manifest.tasks if task is not None]
+    for name in dict.fromkeys(name for task in tasks if (name := vocabulary_of(task)) is not None):
+        try:
+            read_vocabulary(bundle.path(name))
+        except BundleError as exc:
+            yield replace(Problem.of("vocabulary", exc), file=name)
 
 
 def cpu_graph(path: Path) -> InferenceSession:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from edge_rsvlm.bundle import Rules
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.tasks.vocabulary import check_words, read_vocabulary, words
+from edge_rsvlm.verify import verify
+from tests import tiny_bundle
+from tests.bundle_checks import refused
 
 
 @pytest.fixture
@@ -50,3 +54,23 @@ def test_a_file_that_is_no_vocabulary(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(BundleError, match=r"words\.txt"):
         read_vocabulary(path)
+
+
+def tiny(folder, content, verb="detect"):
+    """A bundle whose task takes the words of a file; None: the file is not there."""
+    tasks = tiny_bundle.manifest({})["tasks"]
+    if verb == "caption":
+        tasks[verb] |= {"vocabulary": "words.txt"}
+    else:
+        tasks[verb] |= {"text": tasks[verb]["text"] | {"vocabulary": "words.txt"}}
+    contents = tiny_bundle.files() | ({} if content is None else {"words.txt": content})
+    return tiny_bundle.write(folder, contents, tasks=tasks)
+
+
+@pytest.mark.parametrize("verb", ["detect", "classify", "caption"])
+def test_verify_reads_the_vocabularies_of_a_bundle(tmp_path, verb):
+    assert verify(tiny(tmp_path / "good", b"airplane\nbridge\n", verb), Rules(allow_unsigned=True)).passed
+    for name, content in {"none": b"", "upper": b"Airplane\n", "binary": b"\xff\xfe"}.items():
+        report = verify(tiny(tmp_path / name, content, verb), Rules(allow_unsigned=True))
+        assert [(p.kind, p.file) for p in report.problems] == [("vocabulary", "words.txt")]
+    refused(tiny(tmp_path / "missing", None, verb), "refers to a file 'words.txt' that it does not list")

@@ -41,6 +41,7 @@ BLOCK_BYTES = 1 << 20
 COPY_AGAIN = "copy the bundle again from where it was made"
 DO_NOT_USE = "do not use this bundle"
 _GRAPH_FIELDS = ("graph", "encoder", "head", "project", "embed")
+_FILE_FIELDS = ("answers", "vocabulary")
 _WITH_FILE = (Adapter, Graph, GgufFile, TensorRtGraph, Tokenizer, ProbeCase)
 
 Files = Mapping[str, FileEntry]
@@ -165,7 +166,7 @@ def _references(value: Any) -> Iterator[tuple[str, str]]:
     """("graph", "adapter" or "file", name) of every reference below ``value``."""
     if isinstance(value, BaseModel):
         for field, below in value:
-            is_file = (field == "file" and isinstance(value, _WITH_FILE)) or field == "answers"
+            is_file = (field == "file" and isinstance(value, _WITH_FILE)) or field in _FILE_FIELDS
             kind = "file" if is_file else "adapter" if field == "adapter" else "graph"
             if isinstance(below, str) and (kind != "graph" or field in _GRAPH_FIELDS):
                 yield kind, below

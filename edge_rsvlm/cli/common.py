@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edge_rsvlm.pipeline.detect import DetectQuery
+    from edge_rsvlm.pipeline.examples import Example
     from edge_rsvlm.pipeline.outcome import Progress
     from edge_rsvlm.pipeline.session import Limits, Session
     from edge_rsvlm.tasks.generate import Sampling
@@ -127,6 +132,46 @@ def make_sampling(options: dict[str, Any]) -> Sampling | None:
         seed=seed or 0,
         max_tokens=max_tokens,
     )
+
+
+def make_query(session: Session, labels: Sequence[str], score: float | None, like: Sequence[str]) -> DetectQuery:
+    """What detect looks for: by words, or by examples ``IMAGE#x,y,w,h``, which are embedded here.
+
+    UsageError for what this bundle cannot look for, InputError for an example that cannot be used.
+    """
+    from edge_rsvlm.errors import UsageError
+    from edge_rsvlm.pipeline.detect import DetectQuery, wanted_labels
+    from edge_rsvlm.pipeline.examples import example_task, mean_example, parse_example
+    from edge_rsvlm.pipeline.runtime import detect_task
+    from edge_rsvlm.pipeline.vocabulary import check_texts
+
+    manifest = session.bundle.manifest
+    if not like:
+        query = DetectQuery(tuple(labels), score)
+        wanted_labels(query, detect_task(manifest))
+        check_texts(session.bundle, "detect", query.labels)
+        return query
+    if labels:
+        raise UsageError("like and query exclude each other", fix="look for examples or for words")
+    example_task(manifest)
+    examples = {text: parse_example(text) for text in like}
+    vectors = [_embedded(session, text, example) for text, example in examples.items()]
+    return DetectQuery(score_threshold=score, example_D=mean_example(vectors))
+
+
+def _embedded(session: Session, text: str, example: Example) -> NDArray[np.float32]:
+    """The unit vector [D] of one example."""
+    from edge_rsvlm.errors import InputError
+    from edge_rsvlm.pipeline.examples import HOW
+
+    try:
+        vectors_1D, warnings = session.examples(example.image, [example.box])
+    except InputError as exc:
+        raise InputError(f"example '{text}': {exc}", fix=HOW) from exc
+    for warning in warnings:
+        click.echo(f"{example.image}: {warning}", err=True)
+    vector_D: NDArray[np.float32] = vectors_1D[0]
+    return vector_D
 
 
 def split_labels(text: str) -> tuple[str, ...]:

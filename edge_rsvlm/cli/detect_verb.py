@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from edge_rsvlm.cli.common import ExitCode, Outputs, json_option, make_limits, open_session, run_options
+from edge_rsvlm.cli.common import ExitCode, Outputs, json_option, make_limits, make_query, open_session, run_options
 
 
 @click.command("detect")
@@ -17,23 +17,29 @@ from edge_rsvlm.cli.common import ExitCode, Outputs, json_option, make_limits, o
     metavar="LABEL",
     help="Only this kind of object; may be repeated. Any word where the bundle's vocabulary is open: then needed.",
 )
+@click.option(
+    "--like",
+    multiple=True,
+    metavar="IMAGE#x,y,w,h",
+    help="Instead of --query: what looks like this box, in pixels of IMAGE. Repeated: like the mean of them.",
+)
 @click.option("--score", type=click.FloatRange(0.01, 0.99), help="Least score.  [default: the bundle's threshold]")
 @click.option("--output", type=click.Path(path_type=Path), help="GeoJSON file, or a folder for many inputs.")
 @run_options
 @json_option
 def command(
-    images: tuple[str, ...], query: tuple[str, ...], score: float | None, output: Path | None, as_json: bool,
-    bundle: Path | None, allow_unsigned: bool, **limits: Any,
+    images: tuple[str, ...], query: tuple[str, ...], like: tuple[str, ...], score: float | None, output: Path | None,
+    as_json: bool, bundle: Path | None, allow_unsigned: bool, **limits: Any,
 ) -> None:  # fmt: skip
-    """Find objects. IMAGES are files, folders, globs or .tar archives of images."""
+    """Find objects. IMAGES are files, folders, globs or .tar archives of images.
+
+    What was found by examples has the label "like".
+    """
     from edge_rsvlm.cli.deliver import Delivery
-    from edge_rsvlm.pipeline.detect import DetectQuery, wanted_labels
-    from edge_rsvlm.pipeline.runtime import detect_task
     from edge_rsvlm.raster.inputs import list_inputs
 
     session = open_session(bundle, allow_unsigned, make_limits(**limits), ("detect",))
-    wanted = DetectQuery(query, score)
-    wanted_labels(wanted, detect_task(session.bundle.manifest))  # fails before any work
+    wanted = make_query(session, query, score, like)
     code, sources = ExitCode(), list_inputs(images)
     outputs = Outputs(output, len(sources), ".geojson")
     delivery = Delivery(session, code, sys.stdout if as_json else None)

@@ -5,11 +5,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_rsvlm.cli.common import ExitCode, Outputs, bundle_options, device_option, make_limits, open_session
+from edge_rsvlm.cli.common import (
+    ExitCode,
+    Outputs,
+    bundle_options,
+    device_option,
+    make_limits,
+    make_query,
+    open_session,
+)
 
 if TYPE_CHECKING:
     from edge_rsvlm.cli.deliver import Delivery
     from edge_rsvlm.config.job import Job
+    from edge_rsvlm.pipeline.detect import DetectQuery
     from edge_rsvlm.raster.inputs import Source
 
 
@@ -25,17 +34,20 @@ def command(job: Path, bundle: Path | None, allow_unsigned: bool) -> None:
     from edge_rsvlm.cli.deliver import Delivery
     from edge_rsvlm.cli.pairs import list_pairs
     from edge_rsvlm.config.job import load_job
-    from edge_rsvlm.pipeline.detect import DetectQuery, wanted_labels
-    from edge_rsvlm.pipeline.runtime import detect_task
+    from edge_rsvlm.pipeline.detect import DetectQuery
+    from edge_rsvlm.pipeline.vocabulary import check_texts
     from edge_rsvlm.raster.inputs import list_inputs
 
     wanted = load_job(job)
     folder = job.parent / wanted.output
     tasks = (*wanted.tasks, *(["change"] if wanted.change else []))
     session = open_session(bundle, allow_unsigned, make_limits(**wanted.limits.model_dump()), tasks)
-    query = DetectQuery(wanted.detect.query, wanted.detect.score)
+    for task in wanted.tasks:
+        check_texts(session.bundle, task, wanted.texts(task))
+    query = DetectQuery()
     if "detect" in wanted.tasks:
-        wanted_labels(query, detect_task(session.bundle.manifest))
+        like = [str(job.parent / item) for item in wanted.detect.like]
+        query = make_query(session, wanted.detect.query, wanted.detect.score, like)
     sources = list_inputs([str(job.parent / item) for item in wanted.inputs]) if wanted.inputs else []
     pairs = [
         found for p in wanted.change for found in list_pairs(str(job.parent / p.before), str(job.parent / p.after))
@@ -48,7 +60,7 @@ def command(job: Path, bundle: Path | None, allow_unsigned: bool) -> None:
         delivery = Delivery(session, code, lines)
         for source in sources:
             for task in wanted.tasks:
-                _deliver(delivery, wanted, task, source, files[task].path(source.name))
+                _deliver(delivery, wanted, query, task, source, files[task].path(source.name))
         for before, after in pairs:
             path = files["change"].path(after.name)
             delivery.change(before, after, path, path and path.with_suffix(".tif"))
@@ -57,19 +69,17 @@ def command(job: Path, bundle: Path | None, allow_unsigned: bool) -> None:
     code.leave()
 
 
-def _deliver(delivery: Delivery, job: Job, task: str, source: Source, geojson: Path | None) -> None:
+def _deliver(delivery: Delivery, job: Job, query: DetectQuery, task: str, source: Source, geojson: Path | None) -> None:
     """One task of a job over one of its inputs."""
-    from edge_rsvlm.pipeline.detect import DetectQuery
-
     if task == "detect":
-        delivery.detect(source, DetectQuery(job.detect.query, job.detect.score), geojson)
+        delivery.detect(source, query, geojson)
     elif task == "ask" and job.ask:
         delivery.ask(source, job.ask.question, geojson)
     elif task == "ground" and job.ground:
         delivery.ground(source, job.ground.phrase, geojson)
     elif task == "classify" and job.classify:
         delivery.classify(source, job.classify.labels, geojson)
-    else:
-        delivery.caption(source, geojson)
     elif task == "segment" and job.segment:
         delivery.segment(source, job.segment.labels, geojson, geojson and geojson.with_suffix(".tif"))
+    else:
+        delivery.caption(source, geojson)

@@ -6,7 +6,7 @@ inputs = ["scenes/*.tif"]          # relative to the job file
 output = "results"                 # one GeoJSON per input and task, and results.jsonl
 
 [detect]
-query = ["airplane"]
+query = ["airplane"]               # or like = ["scenes/a.tif#10,20,30,40"], boxes x, y, w, h
 
 [ask]                              # for the task "ask"; "ground" needs [ground] phrase
 question = "is there a river?"
@@ -40,6 +40,7 @@ from edge_rsvlm.errors import UsageError
 
 class DetectOptions(Model):
     query: tuple[str, ...] = ()
+    like: tuple[str, ...] = ()
     score: float | None = Field(default=None, ge=0.01, le=0.99)
 
 
@@ -55,11 +56,11 @@ class ClassifyOptions(Model):
     labels: tuple[str, ...] = Field(min_length=1)
 
 
-class Pair(Model):
 class SegmentOptions(Model):
     labels: tuple[str, ...] = Field(min_length=1)
 
 
+class Pair(Model):
     before: str
     after: str
 
@@ -81,10 +82,9 @@ class Job(Model):
     ask: AskOptions | None = None
     ground: GroundOptions | None = None
     classify: ClassifyOptions | None = None
-    change: tuple[Pair, ...] = ()
     segment: SegmentOptions | None = None
+    change: tuple[Pair, ...] = ()
     limits: JobLimits = JobLimits()
-
 
     def texts(self, task: str) -> tuple[str, ...]:
         """What a task is asked in words."""
@@ -96,6 +96,7 @@ class Job(Model):
             "segment": self.segment.labels if self.segment else (),
         }
         return said.get(task, ())
+
 
 def load_job(path: Path) -> Job:
     """Read and check a job; UsageError names the wrong key or line. Paths stay as written."""

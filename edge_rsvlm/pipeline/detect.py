@@ -1,15 +1,23 @@
-"""Objects: of the classes that the bundle knows, or of any words where its vocabulary is open."""
+"""Objects: of the classes that the bundle knows, of any words where it reads them, or like an example."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edge_rsvlm.config.task_specs import DetectTask, GenerateTask, GgufTask, OpenDetectTask
+from edge_rsvlm.config.task_specs import (
+    AnyDetectTask,
+    DetectTask,
+    GenerateTask,
+    GgufTask,
+    OpenDetectTask,
+    TextDetectTask,
+)
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.pipeline.boxes import Find, merge_boxes
 from edge_rsvlm.pipeline.cut import extent_xy
@@ -22,23 +30,33 @@ from edge_rsvlm.types import Boxes
 
 BORDER_SHARE = 0.25
 """Where a model has no stride, two tiles may place one object apart by this share of their overlap."""
+LIKE = "like"
+"""The label of what was found by examples."""
 
 
 @dataclass(frozen=True)
 class DetectQuery:
-    """Which objects are wanted. ``labels`` empty: all that the bundle knows."""
+    """Which objects are wanted. ``labels`` empty: all that the bundle knows.
+
+    ``example_D`` is the unit vector of what they look like, where that is said by examples instead of labels.
+    """
 
     labels: tuple[str, ...] = ()
     score_threshold: float | None = None
+    example_D: NDArray[np.float32] | None = field(default=None, compare=False)
 
 
-def wanted_labels(query: DetectQuery, task: DetectTask | OpenDetectTask) -> tuple[str, ...]:
+def wanted_labels(query: DetectQuery, task: AnyDetectTask) -> tuple[str, ...]:
     """The labels to look for, each once.
 
     Raises UsageError for a word outside a fixed vocabulary, with the nearest known one, and where any word will do but
     none was given.
     """
     labels = tuple(dict.fromkeys(label.strip() for label in query.labels))
+    if isinstance(task, TextDetectTask):
+        if not all(labels):
+            raise UsageError("an empty --query names nothing", fix='write it like --query "airplane"')
+        return (LIKE,) if query.example_D is not None else labels or task.classes
     if isinstance(task, OpenDetectTask):
         if not labels or not all(labels):
             raise UsageError("this bundle finds what you name, and nothing was named", fix='add --query "airplane"')
@@ -52,15 +70,16 @@ def wanted_labels(query: DetectQuery, task: DetectTask | OpenDetectTask) -> tupl
     return labels or task.classes
 
 
-def detect(
-    runtime: Runtime, task: DetectTask | OpenDetectTask, view: View, query: DetectQuery, pace: Pace, emit: Emit
-) -> Outcome:
+def detect(runtime: Runtime, task: AnyDetectTask, view: View, query: DetectQuery, pace: Pace, emit: Emit) -> Outcome:
     """Emit every object of the view's raster: ``{"label", "score", "box"}``, box x, y, w, h in raster pixels."""
     outcome = Outcome()
     labels = wanted_labels(query, task)
     if isinstance(task, DetectTask):
         names, margin_px = task.classes, float(task.stride)
         find = _by_heat_map(runtime, task, query.score_threshold, [task.classes.index(label) for label in labels])
+    elif isinstance(task, TextDetectTask):
+        names, margin_px = labels, float(task.stride)
+        find = _by_vectors(runtime, task, labels, query)
     else:
         names, margin_px = labels, border_px(task)
         find = by_words(runtime, task, labels, query.score_threshold)
@@ -85,6 +104,18 @@ def _by_heat_map(runtime: Runtime, task: DetectTask, threshold: float | None, wa
         pixels_NCHW = tiles.dates[0].pixels_NCHW(kept)
         features = encode(runtime.open(task.encoder), pixels_NCHW, task.encoder_outputs)
         return [_of_labels(boxes, wanted) for boxes in runtime.detector(task, threshold)(features)]
+
+    return find
+
+
+def _by_vectors(runtime: Runtime, task: TextDetectTask, labels: Sequence[str], query: DetectQuery) -> Find:
+    usual = task.score_threshold if query.example_D is None else task.like_threshold
+    threshold = usual if query.score_threshold is None else query.score_threshold
+
+    def find(tiles: TileBatch, kept: Kept) -> list[Boxes]:
+        queries_QD = runtime.text_queries(task, labels) if query.example_D is None else query.example_D[None]
+        features = encode(runtime.open(task.encoder), tiles.dates[0].pixels_NCHW(kept), task.encoder_outputs)
+        return runtime.text_detector(task)(features, queries_QD, threshold)
 
     return find
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm.budget import MemoryPlan
@@ -15,6 +16,7 @@ from edge_rsvlm.config.inputs import TextEncoder
 from edge_rsvlm.config.manifest import Graph, Manifest
 from edge_rsvlm.config.task_specs import (
     AnswerTask,
+    AnyDetectTask,
     ChangeTask,
     DetectTask,
     GenerateTask,
@@ -23,9 +25,10 @@ from edge_rsvlm.config.task_specs import (
     MatchTask,
     OnnxDecoder,
     OpenDetectTask,
-    Tasks,
-)
     SegmentTask,
+    Tasks,
+    TextDetectTask,
+)
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.pipeline.adapters import Factors, read_adapter
 from edge_rsvlm.pipeline.outcome import Deadline, Progress
@@ -35,12 +38,13 @@ from edge_rsvlm.tasks.decoder import OnnxLanguage, cache_names
 from edge_rsvlm.tasks.detect import Detector
 from edge_rsvlm.tasks.generate import Generator, Vision
 from edge_rsvlm.tasks.gguf import GgufGenerator, VisionLanguageModel
-from edge_rsvlm.tasks.match import Matcher
+from edge_rsvlm.tasks.match import Matcher, embed_texts, unit
 from edge_rsvlm.tasks.open_detect import OpenDetector
+from edge_rsvlm.tasks.segment import Segmenter
 from edge_rsvlm.tasks.text import Texts
+from edge_rsvlm.tasks.text_detect import TextDetector
 from edge_rsvlm.types import InferenceSession, LanguageModel
 
-from edge_rsvlm.tasks.segment import Segmenter
 T = TypeVar("T")
 AnyTask = (
     DetectTask | OpenDetectTask | TextDetectTask | ChangeTask | GenerateTask | GgufTask | AnswerTask | MatchTask
@@ -140,6 +144,19 @@ class Runtime:
 
         return self._once(("open", task.encoder, *labels, score_threshold), make)
 
+    def text_detector(self, task: TextDetectTask) -> TextDetector:
+        return TextDetector(task, self.open(task.head))
+
+    def text_queries(self, task: TextDetectTask, labels: Sequence[str]) -> NDArray[np.float32]:
+        """Unit vectors [Q, D] of the words looked for, embedded once."""
+
+        def make() -> NDArray[np.float32]:
+            prompts = [task.query_prompt.replace("{label}", label) for label in labels]
+            text = self.open(task.text.graph)
+            return unit(embed_texts(text, self._texts(task.text), prompts, task.text.output))
+
+        return self._once(("queries", task.head, *labels), make)
+
     def change_detector(self, task: ChangeTask) -> ChangeDetector:
         return ChangeDetector(task, self.open(task.encoder), self.open(task.head))
 
@@ -194,6 +211,15 @@ class Runtime:
 
         return self._once(("match", verb), make)
 
+    def segmenter(self, task: SegmentTask, labels: Sequence[str]) -> Segmenter:
+        """Kept from input to input, since it holds the embedded ``labels``."""
+
+        def make() -> Segmenter:
+            text = self.open(task.text.graph)
+            return Segmenter(task, self.open(task.head), text, self._texts(task.text), labels)
+
+        return self._once(("segment", *labels), make)
+
     def _texts(self, encoder: TextEncoder) -> Texts:
         return Texts(encoder.tokenizer, self.bundle.path(encoder.tokenizer.file))
 
@@ -210,15 +236,6 @@ def _caches(tasks: Tasks, graph: str) -> frozenset[str]:
     decoders = [task.decoder for _, task in _present(tasks) if isinstance(task, GenerateTask)]
     caches = [d.cache for d in decoders if isinstance(d, OnnxDecoder) and d.graph == graph]
     return frozenset(name for cache in caches for name in cache_names(cache).values())
-
-    def segmenter(self, task: SegmentTask, labels: Sequence[str]) -> Segmenter:
-        """Kept from input to input, since it holds the embedded ``labels``."""
-
-        def make() -> Segmenter:
-            text = self.open(task.text.graph)
-            return Segmenter(task, self.open(task.head), text, self._texts(task.text), labels)
-
-        return self._once(("segment", *labels), make)
 
 
 def _most(tasks: Tasks, model: str) -> tuple[int, int]:
@@ -262,7 +279,7 @@ def task_of(manifest: Manifest, verb: str) -> AnyTask:
     return task
 
 
-def detect_task(manifest: Manifest) -> DetectTask | OpenDetectTask:
+def detect_task(manifest: Manifest) -> AnyDetectTask:
     if manifest.tasks.detect is None:
         raise _lacking(manifest, "detect")
     return manifest.tasks.detect
@@ -298,6 +315,12 @@ def classify_task(manifest: Manifest) -> MatchTask:
     return manifest.tasks.classify
 
 
+def segment_task(manifest: Manifest) -> SegmentTask:
+    if manifest.tasks.segment is None:
+        raise _lacking(manifest, "segment")
+    return manifest.tasks.segment
+
+
 def search_task(manifest: Manifest) -> MatchTask:
     if manifest.tasks.search is None:
         raise _lacking(manifest, "search")
@@ -313,9 +336,3 @@ def cpu_engine(threads: int, arena_bytes: int) -> Engine:
     from edge_rsvlm.pipeline.engines import CpuEngine
 
     return CpuEngine(threads, arena_bytes)
-def segment_task(manifest: Manifest) -> SegmentTask:
-    if manifest.tasks.segment is None:
-        raise _lacking(manifest, "segment")
-    return manifest.tasks.segment
-
-

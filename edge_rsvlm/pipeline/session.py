@@ -21,6 +21,7 @@ from edge_rsvlm.pipeline.change import ChangeOutcome, MaskRows, change
 from edge_rsvlm.pipeline.classify import ClassifyOutcome, classify
 from edge_rsvlm.pipeline.detect import DetectQuery, detect
 from edge_rsvlm.pipeline.embed import EmbedOutcome, EmitVector, embed
+from edge_rsvlm.pipeline.examples import Box, embed_examples, example_task
 from edge_rsvlm.pipeline.ground import ground
 from edge_rsvlm.pipeline.outcome import Deadline, Emit, Outcome, Progress
 from edge_rsvlm.pipeline.runtime import (
@@ -35,12 +36,13 @@ from edge_rsvlm.pipeline.runtime import (
     detect_task,
     ground_task,
     search_task,
-    task_of,
     segment_task,
+    task_of,
 )
-from edge_rsvlm.pipeline.stream import View, scene_batches
 from edge_rsvlm.pipeline.segment import SegmentOutcome, segment
+from edge_rsvlm.pipeline.stream import View, scene_batches
 from edge_rsvlm.pipeline.views import demand, image_view, scene_view
+from edge_rsvlm.pipeline.vocabulary import check_texts
 from edge_rsvlm.raster.align import open_aligned
 from edge_rsvlm.raster.reader import Raster, open_raster
 from edge_rsvlm.tasks.generate import Sampling
@@ -144,11 +146,26 @@ class Session:
 
     def detect(self, path: str, query: DetectQuery, emit: Emit, progress: Progress | None = None) -> Outcome:
         task = detect_task(self.bundle.manifest)
+        check_texts(self.bundle, "detect", query.labels)
         with self._seeing("detect", path, progress) as (runtime, view, pace):
             return detect(runtime, task, view, query, pace, emit)
 
+    def examples(self, path: str, boxes: Sequence[Box]) -> tuple[NDArray[np.float32], list[str]]:
+        """Unit vectors [N, D] of what boxes of an image show, for a DetectQuery, and what the user should know.
+
+        Their time is part of the next input's. InputError for a box that is not in the image.
+        """
+        task, began = example_task(self.bundle.manifest), self.started
+        with open_raster(path) as raster:
+            view, needs = self.demand("detect", raster)
+            with self._pace(replace(needs, tiles=1)) as (runtime, pace):
+                found = embed_examples(runtime, task, view, boxes, pace)
+        self.started = began
+        return found
+
     def ground(self, path: str, phrase: str, emit: Emit, progress: Progress | None = None) -> Outcome:
         task = ground_task(self.bundle.manifest)
+        check_texts(self.bundle, "ground", [phrase])
         with self._seeing("ground", path, progress) as (runtime, view, pace):
             return ground(runtime, task, view, phrase, pace, emit)
 
@@ -168,6 +185,7 @@ class Session:
         sampling: Sampling | None = None,
     ) -> AskOutcome:
         task = ask_task(self.bundle.manifest)
+        check_texts(self.bundle, "ask", [question])
         if isinstance(task, AnswerTask) and task.input is None:
             features_RD = read_features(path)
             with self._pace(features_demand(task, features_RD.nbytes)) as (runtime, _):
@@ -179,28 +197,10 @@ class Session:
         self, path: str, labels: Sequence[str], emit: Emit, progress: Progress | None = None
     ) -> ClassifyOutcome:
         task = classify_task(self.bundle.manifest)
+        check_texts(self.bundle, "classify", labels)
         with self._seeing("classify", path, progress) as (runtime, view, pace):
             return classify(runtime, task, view, labels, pace, emit)
 
-    def embed(self, path: str, emit: EmitVector, progress: Progress | None = None) -> EmbedOutcome:
-        """Vectors of an image's tiles."""
-        task = search_task(self.bundle.manifest)
-        with self._seeing("search", path, progress) as (runtime, view, pace):
-            return embed(runtime, task, view, pace, emit)
-
-    def embed_text(self, text: str) -> NDArray[np.float32]:
-        """The unit vector [D] of a text."""
-        task = search_task(self.bundle.manifest)
-        with self._pace(Demand("search", task.memory, tile_px=1, tile_bytes=0, tiles=1)) as (runtime, _):
-            vector_D: NDArray[np.float32] = runtime.matcher("search", task).texts([text])[0]
-            return vector_D
-
-    def change(
-        self, before: str, after: str, emit: Emit, mask_rows: MaskRows | None = None, progress: Progress | None = None
-    ) -> ChangeOutcome:
-        task = change_task(self.bundle.manifest)
-        with open_raster(after) as later, open_aligned(before, later) as earlier:
-            view, needs = self.change_demand(earlier, later)
     def segment(
         self,
         path: str,
@@ -214,6 +214,26 @@ class Session:
         with self._seeing("segment", path, progress) as (runtime, view, pace):
             return segment(runtime, task, view, labels, pace, emit, mask_rows)
 
+    def embed(self, path: str, emit: EmitVector, progress: Progress | None = None) -> EmbedOutcome:
+        """Vectors of an image's tiles."""
+        task = search_task(self.bundle.manifest)
+        with self._seeing("search", path, progress) as (runtime, view, pace):
+            return embed(runtime, task, view, pace, emit)
+
+    def embed_text(self, text: str) -> NDArray[np.float32]:
+        """The unit vector [D] of a text."""
+        task = search_task(self.bundle.manifest)
+        check_texts(self.bundle, "search", [text])
+        with self._pace(Demand("search", task.memory, tile_px=1, tile_bytes=0, tiles=1)) as (runtime, _):
+            vector_D: NDArray[np.float32] = runtime.matcher("search", task).texts([text])[0]
+            return vector_D
+
+    def change(
+        self, before: str, after: str, emit: Emit, mask_rows: MaskRows | None = None, progress: Progress | None = None
+    ) -> ChangeOutcome:
+        task = change_task(self.bundle.manifest)
+        with open_raster(after) as later, open_aligned(before, later) as earlier:
+            view, needs = self.change_demand(earlier, later)
             with self._pace(needs, progress) as (runtime, pace):
                 return change(runtime, task, view, pace, emit, mask_rows)
 

@@ -72,6 +72,25 @@ class TileGrid:
         y0, y1 = self._core(1, row)
         return x0, y0, x1, y1
 
+    def centred(self, x: float, y: float) -> Box:
+        """What a tile sees whose centre is as near to a point as the raster allows; it is none of the grid's.
+
+        It begins at a whole pixel where it can: at native resolution nothing is blurred.
+        """
+        side_x, side_y = (self.tile_px * scale for scale in self.scale_xy)
+        left = max(min(math.floor(x - side_x / 2), self.width - side_x), 0.0)
+        top = max(min(math.floor(y - side_y / 2), self.height - side_y), 0.0)
+        return left, top, left + side_x, top + side_y
+
+    def window(self, first: Box, last: Box) -> Window:
+        """What to read for tiles from ``first`` (top left) to ``last``: with the halo, inside the raster."""
+        halo_x, halo_y = self.halo(0), self.halo(1)
+        col0 = max(math.floor(first[0]) - halo_x, 0)
+        row0 = max(math.floor(first[1]) - halo_y, 0)
+        col1 = min(math.ceil(last[2]) + halo_x, self.width)
+        row1 = min(math.ceil(last[3]) + halo_y, self.height)
+        return Window(col0, row0, col1 - col0, row1 - row0)
+
     def _core(self, axis: int, k: int) -> tuple[float, float]:
         starts, size = self._starts[axis], float((self.width, self.height)[axis])
         side = self.tile_px * self.scale_xy[axis]
@@ -103,7 +122,7 @@ def super_tiles(grid: TileGrid, block_hw: tuple[int, int], max_pixels: int) -> I
                 for row in range(top, min(top + per_column, rows))
                 for column in range(left, min(left + per_row, columns))
             )
-            yield SuperTile(tiles, _window(grid, tiles))
+            yield SuperTile(tiles, grid.window(grid.box(tiles[0]), grid.box(tiles[-1])))
 
 
 def _group_shape(grid: TileGrid, block_hw: tuple[int, int], max_pixels: int) -> tuple[int, int]:
@@ -127,16 +146,6 @@ def _group_shape(grid: TileGrid, block_hw: tuple[int, int], max_pixels: int) -> 
             n_rows += 1
         else:
             return n_columns, n_rows
-
-
-def _window(grid: TileGrid, tiles: Sequence[int]) -> Window:
-    boxes = [grid.box(i) for i in (tiles[0], tiles[-1])]
-    halo_x, halo_y = grid.halo(0), grid.halo(1)
-    col0 = max(math.floor(boxes[0][0]) - halo_x, 0)
-    row0 = max(math.floor(boxes[0][1]) - halo_y, 0)
-    col1 = min(math.ceil(boxes[1][2]) + halo_x, grid.width)
-    row1 = min(math.ceil(boxes[1][3]) + halo_y, grid.height)
-    return Window(col0, row0, col1 - col0, row1 - row0)
 
 
 def choose_scale(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.config.task_specs import DetectTask
+from edge_rsvlm.config.task_specs import DetectTask, TextDetectTask
 from edge_rsvlm.tasks.encode import Features
 from edge_rsvlm.types import Boxes, InferenceSession
 
@@ -24,17 +24,27 @@ class Detector:
     def __call__(self, features: Features) -> list[Boxes]:
         inputs = {name: features[name] for name in self._spec.encoder_outputs}
         scores_NKhw, ltrb_N4hw = self._head.run(inputs, ["scores", "ltrb"])
-        return [self._decode(scores, ltrb) for scores, ltrb in zip(scores_NKhw, ltrb_N4hw, strict=True)]
+        return [
+            boxes_of(scores, ltrb, self._spec, self._threshold)
+            for scores, ltrb in zip(scores_NKhw, ltrb_N4hw, strict=True)
+        ]
 
-    def _decode(self, scores_Khw: NDArray[np.float32], ltrb_4hw: NDArray[np.float32]) -> Boxes:
-        labels, rows, cols = np.nonzero(peaks(scores_Khw, self._threshold))
-        scores = scores_Khw[labels, rows, cols]
-        order = np.lexsort((cols, rows, labels, -scores))[: self._spec.max_boxes_per_tile]
-        labels, rows, cols = labels[order], rows[order], cols[order]
-        centre_xy = (np.stack([cols, rows], axis=1) + 0.5) * self._spec.stride
-        left_top, right_bottom = ltrb_4hw[:2, rows, cols].T, ltrb_4hw[2:, rows, cols].T
-        xyxy = np.hstack([centre_xy - left_top, centre_xy + right_bottom]).astype(np.float64)
-        return Boxes(xyxy.reshape(-1, 4), scores[order], labels.astype(np.int64))
+
+def boxes_of(
+    scores_Khw: NDArray[np.float32],
+    ltrb_4hw: NDArray[np.float32],
+    spec: DetectTask | TextDetectTask,
+    threshold: float,
+) -> Boxes:
+    """The boxes of one tile from its maps, in tile pixels, best first; ``ltrb`` are distances in tile pixels."""
+    labels, rows, cols = np.nonzero(peaks(scores_Khw, threshold))
+    scores = scores_Khw[labels, rows, cols]
+    order = np.lexsort((cols, rows, labels, -scores))[: spec.max_boxes_per_tile]
+    labels, rows, cols = labels[order], rows[order], cols[order]
+    centre_xy = (np.stack([cols, rows], axis=1) + 0.5) * spec.stride
+    left_top, right_bottom = ltrb_4hw[:2, rows, cols].T, ltrb_4hw[2:, rows, cols].T
+    xyxy = np.hstack([centre_xy - left_top, centre_xy + right_bottom]).astype(np.float64)
+    return Boxes(xyxy.reshape(-1, 4), scores[order], labels.astype(np.int64))
 
 
 def peaks(scores_Khw: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
