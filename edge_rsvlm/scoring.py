@@ -259,6 +259,17 @@ def detection_scores(matches: dict[str, ClassMatches], threshold: float) -> list
     return scores
 
 
+def ap50(truth: Sequence[Sequence[Truth]], found: Sequence[Sequence[Found]], label: str) -> float:
+    """AP at IoU 0.5 of one class that has boxes."""
+    matches = match_detections(truth, found, [label])[label]
+    return float(matches.average_precision(np.ones(len(truth), np.int64))[0])
+
+
+def score_of_draws(metric: str, values_R: F64, label: str) -> Score:
+    """The mean over random draws, and the middle 95 % of them; ``samples`` are the draws."""
+    return _score(metric, float(values_R.mean()), values_R, len(values_R), label)
+
+
 def words(text: str) -> str:
     """The tokens of a sentence, joined by spaces: lower case, every run of letters and digits, no punctuation."""
     return " ".join(re.findall(r"\w+", text.lower()))
@@ -272,6 +283,35 @@ def accuracy_score(right_I: NDArray[np.int64], asked_I: NDArray[np.int64], label
     sampled_R = np.divide(right_R, asked_R, out=np.full(len(draws), np.nan), where=asked_R > 0)
     value = float(right_I.sum() / asked_I.sum()) if asked_I.any() else 0.0
     return _score("accuracy", value, sampled_R, images, label)
+
+
+def words(text: str) -> str:
+    """The tokens of a sentence, joined by spaces: lower case, every run of letters and digits, no punctuation."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def accuracy_score(right_I: NDArray[np.int64], asked_I: NDArray[np.int64], label: str | None = None) -> Score:
+    """Share of questions answered right, pooled over images, which are resampled with all their questions."""
+    images = int((asked_I > 0).sum())
+    draws = resamples(len(asked_I), RESAMPLES)
+    right_R, asked_R = draws @ right_I, draws @ asked_I
+    sampled_R = np.divide(right_R, asked_R, out=np.full(len(draws), np.nan), where=asked_R > 0)
+    value = float(right_I.sum() / asked_I.sum()) if asked_I.any() else 0.0
+    return _score("accuracy", value, sampled_R, images, label)
+
+
+def balanced_scores(counts_I4: NDArray[np.int64], label: str | None = None) -> list[Score]:
+    """Balanced accuracy, which is the mean of recall and specificity, and these two, pooled over images.
+
+    ``counts_I4`` are per image the positives found, all positives, the negatives left alone, and all negatives. A rate
+    without places is not defined, and with it the balanced accuracy.
+    """
+    images = int((counts_I4[:, [1, 3]].sum(axis=1) > 0).sum())
+    draws = np.vstack([np.ones(len(counts_I4), np.int64), resamples(len(counts_I4), RESAMPLES)])
+    right_R2, all_R2 = (draws @ counts_I4[:, columns] for columns in ([0, 2], [1, 3]))
+    rate_R2 = np.divide(right_R2, all_R2, out=np.full(all_R2.shape, np.nan), where=all_R2 > 0)
+    rows = {"balanced accuracy": rate_R2.mean(axis=1), "recall": rate_R2[:, 0], "specificity": rate_R2[:, 1]}
+    return [_score(name, float(values_R[0]), values_R[1:], images, label) for name, values_R in rows.items()]
 
 
 def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:

@@ -40,21 +40,38 @@ def command() -> None:
 @only_option
 @click.option("--ignore", multiple=True, metavar="LABEL", help="What lies on these boxes counts neither way.")
 @click.option("--alias", multiple=True, metavar="FROM=TO", help="Score label FROM, labelled or detected, as TO.")
+@click.option("--like", metavar="LABEL", help="Score this category alone, found by examples of it.")
+@click.option("--examples", type=click.IntRange(1, 1000), help="Boxes drawn for --like.  [default: 5]")
+@click.option("--draws", type=click.IntRange(1, 1000), help="How often they are drawn for --like.  [default: 10]")
 @plan_options
 @json_option
 def detect(
-    annotations: Path, images: str, only: Path | None, ignore: tuple[str, ...], alias: tuple[str, ...], as_json: bool,
-    bundle: Path | None, allow_unsigned: bool, **limits: Any,
+    annotations: Path, images: str, only: Path | None, ignore: tuple[str, ...], alias: tuple[str, ...],
+    like: str | None, examples: int | None, draws: int | None, as_json: bool, bundle: Path | None,
+    allow_unsigned: bool, **limits: Any,
 ) -> None:  # fmt: skip
     """AP50 and AP50:95, and rates at the bundle's threshold.
 
     ANNOTATIONS is a COCO file. AP counts all detections from score 0.05 on, rates match at IoU 0.5. "all" is
     the mean AP over classes with boxes, and the rates of their pooled counts.
+
+    With --like it is AP50 of one category by examples of it, on the images that gave none: the mean over draws, and
+    the middle 95 % of them.
     """
+    from edge_rsvlm.errors import UsageError
     from edge_rsvlm.evaluate import LabelRules, evaluate_detect
+    from edge_rsvlm.evaluate.few_shot import FewShot, evaluate_few_shot
 
     rules = LabelRules(ignore, _aliases(alias))
+    if like is None and (examples or draws):
+        raise UsageError("--examples and --draws are for --like", fix="add --like LABEL")
     session = open_session(bundle, allow_unsigned, make_limits(**limits), ("detect",))
+    if like is not None:
+        wanted = FewShot(like, examples or 5, draws or 10)
+        with progress_bar(annotations.name, "draws") as progress:
+            found = evaluate_few_shot(session, annotations, images, only, rules, wanted, progress)
+        _report(found, str(annotations), session.bundle, as_json)
+        return
     with progress_bar(annotations.name, "images") as progress:
         found = evaluate_detect(session, annotations, images, only, rules, progress)
     _report(found, str(annotations), session.bundle, as_json)

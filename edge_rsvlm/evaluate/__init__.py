@@ -5,7 +5,8 @@ An image that cannot be read ends the evaluation: a score over the others would 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from edge_rsvlm.pipeline.detect import DetectQuery
 from edge_rsvlm.pipeline.outcome import Progress
 from edge_rsvlm.pipeline.runtime import detect_task
 from edge_rsvlm.pipeline.session import Session, georeference
+from edge_rsvlm.pipeline.vocabulary import check_texts
 from edge_rsvlm.raster.reader import open_raster
 from edge_rsvlm.scoring import Found, Score, Truth
 from edge_rsvlm.types import Window
@@ -59,23 +61,26 @@ def evaluate_detect(
 ) -> Evaluation:
     """AP50, AP50:95, and precision, recall and F1 at the bundle's threshold, against a COCO file.
 
-    A bundle of open vocabulary is asked for the categories of the file by their names.
+    A bundle that reads words is asked for the categories of the file by their names, or by their aliases where it
+    never learnt a name.
     """
     task = detect_task(session.bundle.manifest)
     scoring.detection_libraries()
     labels, truth_of = read_coco(annotations)
-    asked = tuple(name for name in dict.fromkeys(labels) if name not in rules.ignore)
-    classes, query = (task.classes, ()) if isinstance(task, DetectTask) else (asked, asked)
+    classes = task.classes if isinstance(task, DetectTask) else _askable(session, labels, rules)
     vocabulary = {rules.renamed(name) for name in classes}
     _check_rules(rules, labels, classes, vocabulary)
     categories = dict.fromkeys(rules.renamed(name) for name in labels if name not in rules.ignore)
     scored = [name for name in categories if name in vocabulary]
     names = chosen(list(truth_of), only, annotations)
-    truth = [list(_scored_truth(truth_of[name], rules, scored)) for name in names]
+    truth = [list(scored_truth(truth_of[name], rules, scored)) for name in names]
     if not any(not box.ignore for boxes in truth for box in boxes):
         known = ", ".join(classes)
         raise UsageError(f"{annotations} has no box of a class that the bundle knows ({known})", fix="use --alias")
-    found = [_detections(session, source.path, query, rules) for source in _counted(locate(images, names), progress)]
+    wanted = DetectQuery(() if isinstance(task, DetectTask) else classes, LEAST_SCORE)
+    found = [
+        detections(session, source.path, wanted, rules.renamed) for source in counted(locate(images, names), progress)
+    ]
     matches = scoring.match_detections(truth, found, scored)
     scores = scoring.detection_scores(matches, task.score_threshold)
     return Evaluation("detect", len(names), tuple(scores), tuple(sorted(categories.keys() - vocabulary)))
@@ -89,7 +94,7 @@ def evaluate_change(session: Session, folder: Path, only: Path | None, progress:
     session.require("change")
     pairs = read_pairs(folder)
     names = chosen(list(pairs), only, folder)
-    counts = np.array([_compare(session, *pairs[name]) for name in _counted(names, progress)])
+    counts = np.array([_compare(session, *pairs[name]) for name in counted(names, progress)])
     each = [score for name, row in zip(names, counts, strict=True) for score in scoring.rate_scores(row[None], name)]
     return Evaluation("change", len(names), (*each, *scoring.rate_scores(counts)))
 
@@ -102,7 +107,7 @@ def evaluate_caption(
     scoring.caption_libraries()
     references = read_captions(captions)
     names = chosen(list(references), only, captions)
-    said = [_caption(session, source.path) for source in _counted(locate(images, names), progress)]
+    said = [_caption(session, source.path) for source in counted(locate(images, names), progress)]
     scores = scoring.caption_scores(said, [references[name] for name in names])
     return Evaluation("caption", len(names), tuple(scores))
 
@@ -117,8 +122,9 @@ def evaluate_ask(
     session.require("ask")
     asked = read_questions(questions)
     names = chosen(list(asked), only, questions)
+    check_texts(session.bundle, "ask", [q.question for name in names for q in asked[name]])
     rows: list[tuple[int, str | None, bool]] = []
-    for i, source in enumerate(_counted(locate(images, names), progress)):
+    for i, source in enumerate(counted(locate(images, names), progress)):
         for q in asked[names[i]]:
             answer = session.ask(source.path, q.question, lambda *_: None).answer or ""
             rows.append((i, q.type, scoring.words(answer) == scoring.words(q.answer)))
@@ -150,7 +156,7 @@ def evaluate_classify(
     names = chosen(list(truth), only, labels)
     classes = tuple(sorted(set(truth.values())))
     rows: list[tuple[int, str | None, bool]] = []
-    for i, source in enumerate(_counted(locate(images, names), progress)):
+    for i, source in enumerate(counted(locate(images, names), progress)):
         found = session.classify(source.path, classes, lambda *_: None).labels
         label = truth[names[i]]
         rows.append((i, label, bool(found) and found[0][0] == label))
@@ -159,21 +165,35 @@ def evaluate_classify(
     return Evaluation("classify", len(names), tuple(scores))
 
 
-def _counted(items: Sequence[Any], progress: Progress | None) -> Iterator[Any]:
+def _askable(session: Session, labels: Sequence[str], rules: LabelRules) -> tuple[str, ...]:
+    """The words for the categories of a file, as far as the bundle learnt them."""
+    asked = []
+    for name in dict.fromkeys(labels):
+        for word in () if name in rules.ignore else (name, rules.renamed(name)):
+            with suppress(UsageError):
+                check_texts(session.bundle, "detect", [word])
+                asked.append(word)
+                break
+    return tuple(dict.fromkeys(asked))
+
+
+def counted(items: Sequence[Any], progress: Progress | None) -> Iterator[Any]:
+    """The items, reported to ``progress`` one by one."""
     for done, item in enumerate(items):
         if progress:
             progress(done, len(items))
         yield item
 
 
-def _detections(session: Session, path: str, query: tuple[str, ...], rules: LabelRules) -> list[Found]:
+def detections(session: Session, path: str, query: DetectQuery, renamed: Callable[[str], str]) -> list[Found]:
+    """What is found in one image, under the names that are scored."""
     found: list[Found] = []
 
     def collect(record: dict[str, Any], _: object) -> None:
         x, y, w, h = record["box"]
-        found.append(Found(rules.renamed(record["label"]), record["score"], (x, y, w, h)))
+        found.append(Found(renamed(record["label"]), record["score"], (x, y, w, h)))
 
-    session.detect(path, DetectQuery(query, LEAST_SCORE), collect)
+    session.detect(path, query, collect)
     return found
 
 
@@ -217,7 +237,8 @@ def _check_rules(rules: LabelRules, labels: Sequence[str], classes: Sequence[str
             raise UsageError(f"'{new}' is no class of this bundle", fix=f"classes: {', '.join(sorted(vocabulary))}")
 
 
-def _scored_truth(boxes: Sequence[Truth], rules: LabelRules, scored: Sequence[str]) -> Iterator[Truth]:
+def scored_truth(boxes: Sequence[Truth], rules: LabelRules, scored: Sequence[str]) -> Iterator[Truth]:
+    """The boxes of one image that count, under the names that are scored, and those that count neither way."""
     for box in boxes:
         assert box.label is not None
         if box.label in rules.ignore:

@@ -190,7 +190,7 @@ def _classes(old: Session, new: Session, images: Sequence[Source], texts: Sequen
 def _boxes(old: Session, new: Session, images: Sequence[Source], texts: Sequence[str]) -> list[Check]:
     """AP50 of the new boxes where the old ones are the truth."""
     task = old.tasks.detect
-    labels = () if task is None or task.kind == "heat_map" else tuple(texts)
+    labels = () if task is None or task.kind != "open_vocabulary" else tuple(texts)
     truth = [_truth(found) for found in (_detected(old, image, DetectQuery(labels)) for image in images)]
     found = [_detected(new, image, DetectQuery(labels, LEAST_SCORE)) for image in images]
     classes = sorted({box.label for boxes in truth for box in boxes if box.label})

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edge_rsvlm.budget import Demand, MemoryPlan
 from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.manifest import Calibration, Manifest
-from edge_rsvlm.config.task_specs import DetectTask, GenerateTask, GgufDecoder, GgufTask
+from edge_rsvlm.config.task_specs import GenerateTask, GgufDecoder, GgufTask, OpenDetectTask
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.evaluate.labels import read_names, read_pairs
 from edge_rsvlm.export.graphs.sliced import WHOLE_BYTES, weight_bytes
@@ -198,7 +198,7 @@ class _Run:
         text = self.texts[index % len(self.texts)] if self.texts else None
         if _recorded(tasks.caption):
             self.session.caption(path, _nowhere, sampling=self._sampling(tasks.caption))
-        if isinstance(tasks.detect, DetectTask):
+        if tasks.detect is not None and not isinstance(tasks.detect, OpenDetectTask):
             self.session.detect(path, DetectQuery(), _nowhere)
         if tasks.change is not None and not self.apart:
             self._change(before, path)
@@ -213,7 +213,7 @@ class _Run:
             self.session.ask(path, text, _nowhere, sampling=self._sampling(tasks.ask))
         if _recorded(tasks.ground):
             self.session.ground(path, text, _nowhere)
-        if tasks.detect is not None and not isinstance(tasks.detect, DetectTask):
+        if isinstance(tasks.detect, OpenDetectTask):
             self.session.detect(path, DetectQuery(self.texts), _nowhere)
         if tasks.classify is not None:
             self.session.classify(path, self.texts, _nowhere)
