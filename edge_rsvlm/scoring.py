@@ -285,21 +285,6 @@ def accuracy_score(right_I: NDArray[np.int64], asked_I: NDArray[np.int64], label
     return _score("accuracy", value, sampled_R, images, label)
 
 
-def words(text: str) -> str:
-    """The tokens of a sentence, joined by spaces: lower case, every run of letters and digits, no punctuation."""
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def accuracy_score(right_I: NDArray[np.int64], asked_I: NDArray[np.int64], label: str | None = None) -> Score:
-    """Share of questions answered right, pooled over images, which are resampled with all their questions."""
-    images = int((asked_I > 0).sum())
-    draws = resamples(len(asked_I), RESAMPLES)
-    right_R, asked_R = draws @ right_I, draws @ asked_I
-    sampled_R = np.divide(right_R, asked_R, out=np.full(len(draws), np.nan), where=asked_R > 0)
-    value = float(right_I.sum() / asked_I.sum()) if asked_I.any() else 0.0
-    return _score("accuracy", value, sampled_R, images, label)
-
-
 def balanced_scores(counts_I4: NDArray[np.int64], label: str | None = None) -> list[Score]:
     """Balanced accuracy, which is the mean of recall and specificity, and these two, pooled over images.
 
