@@ -165,6 +165,53 @@ def classify(
     _report(found, str(labels), session.bundle, as_json)
 
 
+@command.command("segment")
+@click.argument("labels", type=click.Path(path_type=Path))
+@images_option
+@only_option
+@click.option("--label", required=True, help="The word whose mask is scored.")
+@click.option("--boxes", is_flag=True, help="LABELS is a COCO file, with boxes of the category --label.")
+@click.option(
+    "--ring",
+    default="8,16",
+    show_default=True,
+    metavar="INNER,OUTER",
+    help="Distances from an object in pixels: half way between is not to be in the mask.",
+)
+@plan_options
+@json_option
+def segment(
+    labels: Path, images: str, only: Path | None, label: str, boxes: bool, ring: str, as_json: bool,
+    bundle: Path | None, allow_unsigned: bool, **limits: Any,
+) -> None:  # fmt: skip
+    """Balanced accuracy of a mask on objects and around them.
+
+    LABELS has a line {"image": "name", "points": [[x, y], ...]} per image, in pixels. Balanced accuracy is the mean of
+    recall, the share of points (or centres of boxes) in the mask, and of specificity, the share of places around them
+    that are not. Those are 16 per object, on a ring around it; places closer than INNER to any object do not count.
+    """
+    from edge_rsvlm.evaluate.segment import evaluate_segment, labelled_objects
+
+    ring_px = _ring(ring)
+    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("segment",))
+    truth = labelled_objects(labels, label, boxes, only)
+    with progress_bar(labels.name, "images") as progress:
+        found = evaluate_segment(session, truth, images, label, ring_px, progress)
+    _report(found, str(labels), session.bundle, as_json)
+
+
+def _ring(text: str) -> tuple[float, float]:
+    from edge_rsvlm.errors import UsageError
+
+    try:
+        inner, outer = (float(part) for part in text.split(","))
+    except ValueError as exc:
+        raise UsageError(f"--ring '{text}' is not two numbers", fix="write it like 8,16") from exc
+    if not 0 <= inner <= outer:
+        raise UsageError(f"--ring '{text}' is no ring", fix="write the smaller distance first")
+    return inner, outer
+
+
 def _aliases(items: Sequence[str]) -> dict[str, str]:
     from edge_rsvlm.errors import UsageError
 

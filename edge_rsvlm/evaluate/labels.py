@@ -149,6 +149,20 @@ def read_questions(path: Path) -> dict[str, list[Question]]:
     return asked
 
 
+def read_points(path: Path, label: str) -> dict[str, list[tuple[float, float]]]:
+    """Points x, y of the objects of an image, by its name; a line may call them ``LABEL_xy`` as well."""
+    example = '{"image": "a.tif", "points": [[12, 34.5]]}'
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, record, where in _lines(path, example):
+        try:
+            listed = record["points"] if "points" in record else record[f"{label}_xy"]
+            found = [(float(x), float(y)) for x, y in listed]
+        except (TypeError, KeyError, ValueError) as exc:
+            raise UsageError(f"{where}: '{name}' has no list of points ({exc!r})", fix=f"write {example}") from exc
+        points.setdefault(name, []).extend(found)
+    return points
+
+
 def read_labels(path: Path) -> dict[str, str]:
     """The class of each image."""
     example = '{"image": "a.tif", "label": "airport"}'
