@@ -1,4 +1,4 @@
-"""Runtime dependencies of pyproject.toml, one per line; with --lowest as pins of their lower bounds.
+"""Runtime dependencies of pyproject.toml and its search, one per line; with --lowest as pins of their lower bounds.
 
 The names are those of a requirements file, so that pip reads what this prints.
 """
@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--lowest", action="store_true")
     lowest = parser.parse_args().lowest
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    for requirement in project["dependencies"]:
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["search"]]:
         print(requirement.replace(">=", "==") if lowest else requirement)
 
 

@@ -25,11 +25,13 @@ def command(
     """Make images searchable. IMAGES are files, folders, globs or .tar archives of images.
 
     Every image, or every tile of a scene larger than one, becomes a vector. Run again, it adds the images that the
-    index does not hold yet, by name: an interrupted run loses one image at most.
+    index does not hold yet, by name: an interrupted run loses one image at most. Needs
+    pip install 'edge-rsvlm[search]'.
     """
     from edge_rsvlm.raster.inputs import list_inputs
-    from edge_rsvlm.sinks.index import IndexWriter, Maker
+    from edge_rsvlm.sinks.index import IndexWriter, Maker, require_usearch
 
+    require_usearch()
     session = open_session(bundle, allow_unsigned, make_limits(**limits), ("search",))
     manifest = session.bundle.manifest
     code, sources = ExitCode(), list_inputs(images)

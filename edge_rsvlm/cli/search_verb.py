@@ -26,9 +26,13 @@ def command(
     folder: Path, text: str | None, example: str | None, top: int, output: Path | None, as_json: bool,
     bundle: Path | None, allow_unsigned: bool, **limits: Any,
 ) -> None:  # fmt: skip
-    """Find images in the index of FOLDER by TEXT or by an example, best first, with their cosine to it."""
-    from edge_rsvlm.sinks.index import Maker, read_facts, search_index
+    """Find images in the index of FOLDER by TEXT or by an example, best first, with their cosine to it.
 
+    Needs pip install 'edge-rsvlm[search]'.
+    """
+    from edge_rsvlm.sinks.index import Maker, read_facts, require_usearch, search_index
+
+    require_usearch()
     query = _query(text, example)
     session = open_session(bundle, allow_unsigned, make_limits(**limits), ("search",))
     manifest = session.bundle.manifest
