@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import rasterio
 from affine import Affine
 
 from edge_rsvlm.bundle import load_bundle
@@ -217,12 +218,15 @@ def test_scores_by_examples_have_a_threshold_of_their_own(tmp_path, scene, examp
     assert json.loads(run("detect", scene, *mixed, "--score", "0.5", "--json")[1])["detections"]
 
 
-def test_examples_are_seen_at_the_ground_resolution_of_the_task(tmp_path):
+@pytest.mark.parametrize("overviews", [[], [2]])
+def test_examples_are_seen_at_the_ground_resolution_of_the_task(tmp_path, overviews):
     """Pixels of 0.5 m, and a model that was made for 1 m: what is 16 pixels wide is 8 of the model's."""
     detect = DETECT | {"input": INPUT | {"resolution_m": [1.0, 1.0]}}
     run = runner(write_bundle(tmp_path / "b", detect=detect))
     squares = [("red", 100, 80, 16), ("green", 116, 80, 16), ("red", 300, 220, 16)]
     fine = write(tmp_path / "fine.tif", things(squares), **UTM)
+    with rasterio.open(fine, "r+") as raster:
+        raster.build_overviews(overviews)
     coarse = UTM | {"transform": Affine(1, 0, 500_000, 0, -1, 5_300_000)}
     half = write(tmp_path / "half.tif", things([("red", 40, 40, 8), ("green", 60, 40, 8)], (150, 140)), **coarse)
     for example, expected in ((f"{half}#40,40,8,8", 2), (f"{half}#60,40,8,8", 1), (f"{fine}#116,80,16,16", 1)):
@@ -270,6 +274,7 @@ def test_names_may_have_hashes_and_boxes_fractions():
 
 def test_examples_that_cannot_be_used_say_how_to_give_one(run, tmp_path, scene):
     empty = write(tmp_path / "empty.tif", np.zeros((3, 200, 200), np.uint8), nodata=0)
+    assert run("detect", scene, "--like", f"{scene}#380,280,20.01,20.02", "--json")[0] == 0  # rounded results
     for text, why in (
         (f"{scene}#390,290,20,5", "reaches beyond its 400 x 300 pixels"),
         (f"{scene}#-1,0,20,5", "reaches beyond"),

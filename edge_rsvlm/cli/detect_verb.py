@@ -15,7 +15,7 @@ from edge_rsvlm.cli.common import ExitCode, Outputs, json_option, make_limits, m
     "--query",
     multiple=True,
     metavar="LABEL",
-    help="Only this kind of object; may be repeated. Any word where the bundle's vocabulary is open: then needed.",
+    help="Only this kind of object; may be repeated. Needed where the bundle has no classes of its own.",
 )
 @click.option(
     "--like",

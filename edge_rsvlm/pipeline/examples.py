@@ -28,6 +28,8 @@ from edge_rsvlm.types import Pixels
 NUMBER = r"-?\d+(?:\.\d+)?"
 WRITTEN = re.compile(rf"(.+)#({NUMBER}),({NUMBER}),({NUMBER}),({NUMBER})")
 HOW = "write it like scene.tif#120,80,32,24: x, y, width and height in pixels of that image"
+ROUNDING_PX = 0.02
+"""Left and width, each written with two decimals, may end so far beyond the edge."""
 
 Box = tuple[float, float, float, float]
 """x, y, width, height in pixels of an image."""
@@ -103,10 +105,11 @@ def _inside(view: View, box: Box) -> NDArray[np.float64]:
     """The corners of a box in raster pixels; InputError where they lie outside of the raster."""
     x, y, width, height = box
     corners = np.array([x, y, x + width, y + height])
-    if corners.min() < 0 or (corners[2:] > view.size).any():
+    inside: NDArray[np.float64] = np.clip(corners, 0, view.size * 2)
+    if np.abs(corners - inside).max() > ROUNDING_PX:
         problem = f"{view.rasters[0].name}: {_written(box)} reaches beyond its {view.size[0]} x {view.size[1]} pixels"
         raise InputError(problem, fix="choose one inside")
-    return corners
+    return inside
 
 
 def _part(pixels: Pixels, corners: NDArray[np.float64]) -> NDArray[np.uint8]:
