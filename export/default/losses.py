@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,3 +39,23 @@ def change_loss(logits: Tensor, share: Tensor) -> Tensor:
     p = torch.sigmoid(logits) * known
     dice = 1 - (2 * (p * target).sum() + 1) / ((p**2).sum() + (target**2 * known).sum() + 1)
     return (entropy * known).sum() / known.sum().clamp(min=1) + dice
+
+
+def covered_loss(logits_NKhw: Tensor, labels_NK: Tensor, sharpness: float = 4.0) -> Tensor:
+    """Cross-entropy of what an image shows somewhere, from logits per cell.
+
+    Cells are pooled by log-mean-exp, which lies between their mean and their maximum (Pinheiro & Collobert 2015, "From
+    Image-level to Pixel-level Labeling with Convolutional Networks", section 3.3).
+    """
+    if not len(logits_NKhw):
+        return logits_NKhw.sum()
+    cells = logits_NKhw.float().flatten(2)
+    pooled = (torch.logsumexp(sharpness * cells, dim=2) - math.log(cells.shape[2])) / sharpness
+    return F.binary_cross_entropy_with_logits(pooled, labels_NK)
+
+
+def known_loss(logits: Tensor, known: Tensor) -> Tensor:
+    """Cross-entropy of cells that are 1 or 0, each of the two as much as the other; those of -1 are left out."""
+    loss = F.binary_cross_entropy_with_logits(logits.float(), known.clamp(min=0), reduction="none")
+    yes, no = known == 1, known == 0
+    return (loss * yes).sum() / yes.sum().clamp(min=8) + (loss * no).sum() / no.sum().clamp(min=8)

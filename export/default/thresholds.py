@@ -21,7 +21,8 @@ from edge_rsvlm.config.task_specs import DetectTask
 from edge_rsvlm.evaluate import evaluate_change
 from edge_rsvlm.export import artifact
 from edge_rsvlm.export.chain import run_export
-from edge_rsvlm.export.default.data.detect import SETS, DetectData, Labels, crop
+from edge_rsvlm.export.default.data.detect import SETS, DetectData, crop
+from edge_rsvlm.export.default.data.labels import Labels
 from edge_rsvlm.export.default.describe import Thresholds, write_thresholds
 from edge_rsvlm.export.default.model.detect import CLASSES
 from edge_rsvlm.export.default.splits import FOLDER, held_out

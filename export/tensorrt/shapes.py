@@ -155,7 +155,7 @@ class _Sizes:
     def _feature_map(self, role: str) -> list[Sizes]:
         """Features that a head or a projection reads, as large as its encoder's output is."""
         for task in self._tasks():
-            encoder, heads = getattr(task, "encoder", None), (getattr(task, "head", None), getattr(task, "project", None))
+            encoder, *heads = (getattr(task, role_of, None) for role_of in ("encoder", "head", "project"))
             output = role.removeprefix("before_").removeprefix("after_")
             if encoder is not None and self.name in heads:
                 shapes = _output_shapes(self.manifest, encoder, self.graph.parent, output)

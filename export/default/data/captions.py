@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 
 from edge_rsvlm.export.default.data.scenes import SceneSet
 from edge_rsvlm.export.default.data.views import jitter
 from edge_rsvlm.export.default.loop import device
-from edge_rsvlm.export.default.model.encoder import Encoder
+from edge_rsvlm.export.default.model.encoder import CHANNELS, Encoder
 
 VOCABULARY = 2048
 BOS, EOS = "<bos>", "<eos>"
@@ -33,18 +34,22 @@ def tidy(caption: str) -> str:
     return " ".join(caption.lower().replace(" ,", ",").rstrip(" .").split())
 
 
-def train_tokenizer(captions: Sequence[str]) -> Any:
-    """Byte-level BPE with digits apart: the pre-tokenizer llama.cpp knows as "smollm"."""
+def train_tokenizer(captions: Sequence[str], specials: Sequence[str] = (BOS, EOS), others: Sequence[str] = ()) -> Any:
+    """Byte-level BPE with digits apart: the pre-tokenizer llama.cpp knows as "smollm".
+
+    ``specials`` come first; ``others`` are tokens of their own too, which answers show, and come last.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
-    )
+        vocab_size=VOCABULARY - len(others), special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
     tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in others])
     return tokenizer
 
 
@@ -54,7 +59,7 @@ def points_somewhere(caption: str) -> bool:
 
 
 class FeatureStore:
-    """c5 of every image under several views, [I, V, C, h, w] float16 in one memory-mapped file."""
+    """Features of every image under several views, [I, V, C, h, w] float16 in one memory-mapped file."""
 
     def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
         self.features = np.memmap(path, np.float16, mode="r", shape=shape)
@@ -63,19 +68,28 @@ class FeatureStore:
         return np.asarray(self.features[key], np.float32)
 
 
-def cached_features(encoder: Encoder, scenes: SceneSet, views: int, path: Path) -> FeatureStore:
-    """Features of all images, computed once; a run that was interrupted goes on where it stopped.
+def c5_of(maps: dict[str, Tensor]) -> Tensor:
+    """The coarsest map alone."""
+    return maps["c5"]
+
+
+def cached_features(
+    encoder: Encoder, scenes: SceneSet, views: int, path: Path,
+    channels: int = CHANNELS["c5"], of: Callable[[dict[str, Tensor]], Tensor] = c5_of,
+) -> FeatureStore:  # fmt: skip
+    """Features of all images, ``channels`` that ``of`` makes of the encoder's maps, computed once; a run that was
+    interrupted goes on where it stopped.
 
     View v shows the v-th of the square's symmetries; all but the first are also slightly zoomed, shifted and re-lit.
     """
     side = 256 // 32
-    shape = (len(scenes), views, 320, side, side)
+    shape = (len(scenes), views, channels, side, side)
     progress = path.with_suffix(".json")
     done = json.loads(progress.read_text())["images"] if progress.is_file() else 0
     if done < len(scenes):
         path.parent.mkdir(parents=True, exist_ok=True)
         store = np.memmap(path, np.float16, mode="r+" if done else "w+", shape=shape)
-        for end in _compute(encoder, scenes, views, done, store):
+        for end in _compute(encoder, scenes, views, done, store, of):
             store.flush()
             temporary = progress.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(json.dumps({"images": end}))
@@ -85,7 +99,10 @@ def cached_features(encoder: Encoder, scenes: SceneSet, views: int, path: Path) 
 
 
 @torch.inference_mode()
-def _compute(encoder: Encoder, scenes: SceneSet, views: int, done: int, store: np.memmap[Any, Any]) -> Iterator[int]:
+def _compute(
+    encoder: Encoder, scenes: SceneSet, views: int, done: int, store: np.memmap[Any, Any],
+    of: Callable[[dict[str, Tensor]], Tensor],
+) -> Iterator[int]:  # fmt: skip
     """Fill ``store`` from image ``done`` on; yields how many images are complete, every few hundred."""
     where = device()
     encoder = encoder.eval().to(where, memory_format=torch.channels_last)
@@ -97,8 +114,8 @@ def _compute(encoder: Encoder, scenes: SceneSet, views: int, done: int, store: n
             chosen = pairs[k : k + BATCH]
             tiles = torch.from_numpy(np.stack([caption_view(scenes, i, v) for i, v in chosen])).to(where)
             with torch.autocast(where.type, torch.bfloat16):
-                c5 = encoder(tiles.contiguous(memory_format=torch.channels_last))["c5"]
-            for (i, v), feature in zip(chosen, c5.float().cpu().numpy(), strict=True):
+                made = of(encoder(tiles.contiguous(memory_format=torch.channels_last)))
+            for (i, v), feature in zip(chosen, made.float().cpu().numpy(), strict=True):
                 store[i, v] = feature
         yield end
 

@@ -5,8 +5,6 @@ Shapes: K classes, h, w heat-map cells (stride 4), n boxes. Boxes are x0, y0, x1
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_rsvlm.export.default.data.images import ImageStore, open_store
+from edge_rsvlm.export.default.data.labels import (
+    GAUSSIAN_ALPHA,
+    IGNORE,
+    MIN_BOX_PX,
+    Labels,
+    random_box,
+    read_boxes,
+    visible_share,
+)
 from edge_rsvlm.export.default.data.views import RGB_BANDS, U8_RANGE, cut, dihedral, dihedral_boxes, jitter
 from edge_rsvlm.export.default.model.detect import CLASSES, STRIDE
 
 F32 = npt.NDArray[np.float32]
-IGNORE = -1
-MIN_BOX_PX = 5.0  # smaller objects after scaling are ignored, not learnt
-GAUSSIAN_ALPHA = 0.54  # TTFNet: the positive region is this share of the box
 SIMD_NEAR = 0.75  # background is trusted within this many box sizes of a labelled object
 
 
@@ -53,14 +57,6 @@ SETS = (
     DetectSet("simd", "train.tar", SIMD_MAP, CLASSES, sparse=True, weight=0.20),
     DetectSet("drone_vehicles", "train", DRONE_MAP, CLASSES, weight=0.08),
 )
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Boxes [n,4] in pixels and class indices [n], IGNORE for ignore regions."""
-
-    boxes: npt.NDArray[np.float64]
-    classes: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -105,36 +101,7 @@ def crop(data: DetectData, rng: np.random.Generator, size_px: int) -> tuple[F32,
 
 def read_labels(path: Path, mapping: dict[str, str | None]) -> dict[str, Labels]:
     """COCO file -> labels by image name, categories renamed by `mapping`."""
-    coco = json.loads(path.read_text())
-    category = {c["id"]: c["name"] for c in coco["categories"]}
-    grouped: dict[int, list[tuple[list[float], int]]] = defaultdict(list)
-    for a in coco["annotations"]:
-        x, y, w, h = a["bbox"]
-        name = mapping[category[a["category_id"]]]
-        grouped[a["image_id"]].append(([x, y, x + w, y + h], IGNORE if name is None else CLASSES.index(name)))
-    return {
-        i["file_name"]: Labels(
-            np.array([b for b, _ in grouped[i["id"]]], np.float64).reshape(-1, 4),
-            np.array([c for _, c in grouped[i["id"]]], np.int64),
-        )
-        for i in coco["images"]
-    }
-
-
-def random_box(
-    rng: np.random.Generator, hw: tuple[int, ...], labels: Labels, side: float
-) -> tuple[float, float, float, float]:
-    """A square crop of `side` raster px: around an object (70 %) or anywhere; kept mostly inside the image."""
-    height, width = hw[:2]
-    if len(labels.boxes) and rng.random() < 0.7:
-        x0, y0, x1, y1 = labels.boxes[rng.integers(len(labels.boxes))]
-        cx, cy = (x0 + x1) / 2 + rng.uniform(-0.45, 0.45) * side, (y0 + y1) / 2 + rng.uniform(-0.45, 0.45) * side
-    else:
-        cx, cy = rng.uniform(0, width), rng.uniform(0, height)
-    slack = 0.1 * side  # a little of the outside is seen, as at the border of a raster
-    left = np.clip(cx - side / 2, min(-slack, width - side + slack), max(-slack, width - side + slack))
-    top = np.clip(cy - side / 2, min(-slack, height - side + slack), max(-slack, height - side + slack))
-    return float(left), float(top), float(left + side), float(top + side)
+    return read_boxes(path, {name: IGNORE if ours is None else CLASSES.index(ours) for name, ours in mapping.items()})
 
 
 def targets(
@@ -149,14 +116,14 @@ def targets(
     sides, sides_weight = np.ones((4, n, n), np.float32), np.zeros((n, n), np.float32)
     centre: npt.NDArray[np.float64] = (np.arange(n, dtype=np.float64) + 0.5) * STRIDE
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    visible = [k for k in np.argsort(-areas) if _visible_share(boxes[k], size_px) > 0]
+    visible = [k for k in np.argsort(-areas) if visible_share(boxes[k], size_px) > 0]
     for k in visible:
         rows, columns = _cells(boxes[k], n, SIMD_NEAR if spec.sparse else 0.0)
         weight[:, rows, columns] = 1.0
     for k in visible:  # large boxes first, so that small ones on top of them win
         box = boxes[k]
         small = min(box[2] - box[0], box[3] - box[1]) < MIN_BOX_PX
-        if classes[k] == IGNORE or small or _visible_share(box, size_px) < 0.35:
+        if classes[k] == IGNORE or small or visible_share(box, size_px) < 0.35:
             rows, columns = _cells(box, n, 0.0)
             weight[:, rows, columns] = 0.0
             continue
@@ -164,12 +131,6 @@ def targets(
         # An object's own peak always counts, whatever ignore region overlaps it.
         weight[classes[k]][heat[classes[k]] == 1.0] = 1.0
     return heat, weight, sides, sides_weight
-
-
-def _visible_share(box: npt.NDArray[np.float64], size_px: int) -> float:
-    w = min(box[2], size_px) - max(box[0], 0)
-    h = min(box[3], size_px) - max(box[1], 0)
-    return float(max(w, 0) * max(h, 0) / max((box[2] - box[0]) * (box[3] - box[1]), 1e-9))
 
 
 def _cells(box: npt.NDArray[np.float64], n: int, grow: float) -> tuple[slice, slice]:

@@ -29,13 +29,15 @@ UCM_LABELS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """One labelled image; `labels` is empty where the set has no multi-labels."""
+    """One labelled image; `labels` is empty where the set has no multi-labels, `asked` (question, answer) where nobody
+    asked about it."""
 
     source: str
     name: str
     scene: str
     labels: tuple[str, ...]
     captions: tuple[str, ...]
+    asked: tuple[tuple[str, str], ...] = ()
 
 
 class Images(Protocol):
@@ -81,7 +83,11 @@ class SceneSet:
 def read_scenes(path: Path, source: str) -> list[Scene]:
     """Records of a jsonl file."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [Scene(source, r["image"], r["scene"], tuple(r.get("labels", ())), tuple(r["captions"])) for r in rows]
+    return [
+        Scene(source, r["image"], r["scene"], tuple(r.get("labels", ())), tuple(r["captions"]),
+              tuple((question, answer) for question, answer in r.get("qa", ())))
+        for r in rows
+    ]  # fmt: skip
 
 
 def ucm(data_root: Path, cache_dir: Path) -> SceneSet:

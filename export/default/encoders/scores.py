@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_rsvlm.export.default.data.detect import MIN_BOX_PX, SETS, DetectData, targets
+from edge_rsvlm.export.default.data.detect import SETS, DetectData, targets
+from edge_rsvlm.export.default.data.labels import MIN_BOX_PX
 from edge_rsvlm.export.default.data.scenes import SceneSet, multi_hot
 from edge_rsvlm.export.default.data.views import RGB_BANDS, U8_RANGE, cut
 from edge_rsvlm.export.default.encoders.proxy import CROP_PX, GROUPS, Proxy, grouped

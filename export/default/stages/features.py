@@ -1,0 +1,116 @@
+"""What the frozen encoder makes of the scene images, computed once for the stages that only read it.
+
+Shapes: N images, V views, C = TOKEN_CHANNELS, h, w cells of c5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Regex, normalizers
+from torch import Tensor
+
+from edge_rsvlm.export import artifact
+from edge_rsvlm.export.default.data.captions import BOS, EOS, FeatureStore, cached_features, train_tokenizer
+from edge_rsvlm.export.default.data.objects import QUERIES
+from edge_rsvlm.export.default.data.questions import asked
+from edge_rsvlm.export.default.data.scenes import UCM_LABELS, SceneSet, rsicd, ucm
+from edge_rsvlm.export.default.data.words import class_words, label_words, sentences
+from edge_rsvlm.export.default.model.encoder import Encoder, Head1280
+from edge_rsvlm.export.default.model.language import TOKEN_CHANNELS, visual_tokens
+from edge_rsvlm.export.default.stages.backbone import FILE
+from edge_rsvlm.export.default.stages.joint import training_ucm
+from edge_rsvlm.export.default.stages.tflite_weights import convolutions
+
+VIEWS = {"ucm": 8, "rsicd": 3}
+ASK, GROUND, ANSWER, BOX, END_BOX = "<ask>", "<ground>", "<answer>", "<box>", "</box>"
+LOCATIONS = tuple(f"<{i}>" for i in range(128))
+SPECIALS, SHOWN = (BOS, EOS, ASK, GROUND, ANSWER), (BOX, END_BOX, *LOCATIONS)
+"""Tokens that no answer shows, and tokens that answers are read from."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One set of scenes: its images that may be trained on, and their features in so many views."""
+
+    name: str
+    scenes: SceneSet
+    usable: npt.NDArray[np.int64]
+    views: int
+    store: FeatureStore
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Both sets, and the tokenizer of their words."""
+
+    parts: tuple[Part, ...]
+    tokenizer: Any
+
+
+def of_scenes(data: Path, work: Path, backbone: artifact.Artifact, vision: artifact.Artifact) -> Scenes:
+    """UCM without its validation images, and RSICD."""
+    encoder = load_encoder(vision)
+    sets = {"ucm": ucm(data, work / "cache"), "rsicd": rsicd(data, work / "cache")}
+    usable = {"ucm": training_ucm(sets["ucm"], backbone), "rsicd": np.arange(len(sets["rsicd"]))}
+    parts = []
+    for name, scenes in sets.items():
+        cache = work / "cache" / f"tokens-{name}-{vision.hash[:12]}.f16"
+        store = cached_features(encoder, scenes, VIEWS[name], cache, TOKEN_CHANNELS, tokens_of)
+        parts.append(Part(name, scenes, usable[name], VIEWS[name], store))
+    return Scenes(tuple(parts), tokenizer_of(texts([(p.scenes, p.usable) for p in parts])))
+
+
+def tokenizer_of(said: Sequence[str]) -> Any:
+    """That of all texts, which it reads in lower case and without the marks that end a sentence."""
+    tokenizer = train_tokenizer(said, SPECIALS, SHOWN)
+    marks, spaces = Regex(r"[?!.;:\"]+"), Regex(r"\s+")
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(marks, " "),
+            normalizers.Replace(spaces, " "),
+            normalizers.Strip(),
+        ]
+    )
+    return tokenizer
+
+
+def texts(parts: Sequence[tuple[SceneSet, npt.NDArray[np.int64]]]) -> list[str]:
+    """All that is said in training, one by one: the tokenizer and the vocabulary are of these."""
+    found = [word for query in QUERIES for word in query.words]
+    found += [word for label in UCM_LABELS for word in label_words(label)]
+    for scenes, usable in parts:
+        for i in usable:
+            scene = scenes.scenes[int(i)]
+            found += [*sentences(scene), *class_words(scene)]
+            found += [text.lower() for q in asked(scene) for text in (q.question, q.answer)]
+    return found
+
+
+def tokens_of(maps: dict[str, Tensor]) -> Tensor:
+    """What the decoder reads of the encoder's maps."""
+    return visual_tokens(maps["c4"], maps["c5"])
+
+
+def load_encoder(vision: artifact.Artifact) -> Encoder:
+    """The encoder that the vision stage trained."""
+    encoder = Encoder()
+    encoder.load_state_dict(artifact.part(vision.tensors(), "encoder"))
+    return encoder.eval()
+
+
+def load_head(head: Head1280, data: Path) -> None:
+    """ImageNet weights of MobileNetV2's last convolution."""
+    kernel, bias = convolutions(data / FILE)[-2]
+    conv = head.expand.conv
+    assert conv.bias is not None
+    with torch.no_grad():
+        conv.weight.copy_(kernel)
+        conv.bias.copy_(bias)

@@ -1,0 +1,194 @@
+"""Stage 5: the decoder, on cached features of the finished encoder: captions, answers, and boxes as location tokens.
+
+A sequence is a prompt and an answer after the visual tokens of its image:
+    <bos> a sentence <eos>
+    <ask> a question <answer> an answer <eos>
+    <ground> a phrase <answer> <box> <x0> <y0> <x1> <y1> </box> ... <eos>
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edge_rsvlm.export import artifact
+from edge_rsvlm.export.default.data.captions import BOS, EOS, points_somewhere
+from edge_rsvlm.export.default.data.questions import Question, asked, made, themes
+from edge_rsvlm.export.default.data.words import sentences
+from edge_rsvlm.export.default.loop import ahead, device, train
+from edge_rsvlm.export.default.model.decoder import DecoderConfig, packed_layout
+from edge_rsvlm.export.default.model.language import Language
+from edge_rsvlm.export.default.stages import crops, features
+from edge_rsvlm.export.default.stages.features import ANSWER, ASK, BOX, END_BOX, GROUND, LOCATIONS
+
+NAME = "language"
+DEFAULTS: dict[str, Any] = {
+    "minutes": 40.0,
+    "images": 48,
+    "ucm_share": 0.45,
+    "question_share": 0.3,
+    "ground_every": 3,
+    "ground_images": 8,
+    "rate": 1.5e-3,
+    "dropout": 0.15,
+    "label_smoothing": 0.1,
+    "seed": 0,
+}
+SEQUENCES, PHRASES = 3, 6
+"""Of an image at a time: sentences of one image repeat each other."""
+MOST_TOKENS = 40
+IGNORE = -100
+TOKENIZER_NAME = "tokenizer.json"
+Batch = dict[str, Tensor]
+Sequence = tuple[str, str]
+"""Prompt and answer."""
+
+
+def run(
+    data: Path, work: Path, config: dict[str, Any], backbone: artifact.Artifact, vision: artifact.Artifact
+) -> artifact.Artifact:
+    """Train; the artifact also holds ``tokenizer.json``."""
+    config = DEFAULTS | config
+    digest = artifact.stage_hash(NAME, config, [backbone, vision])
+    if found := artifact.find(work / NAME, digest):
+        return found
+    torch.manual_seed(config["seed"])
+    seen = features.of_scenes(data, work, backbone, vision)
+    model = Language(DecoderConfig(seen.tokenizer.get_vocab_size(), dropout=config["dropout"])).to(device()).train()
+    rng = np.random.default_rng(config["seed"])
+    said = ahead(Said(seen, config, rng), depth=4)
+    shown = ahead(Shown(crops.of_objects(data, work, vision), seen.tokenizer, config, rng), depth=4)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        if step % int(config["ground_every"]) == 0:
+            return {"boxes": loss(model, next(shown), 0.0)}
+        return {"words": loss(model, next(said), config["label_smoothing"])}
+
+    state, metrics = train(
+        model, [{"params": list(model.parameters()), "lr": config["rate"]}], losses,
+        minutes=config["minutes"], checkpoint=work / f"{NAME}-{digest[:12]}.pt",
+    )  # fmt: skip
+    texts = {TOKENIZER_NAME: seen.tokenizer.to_str()}
+    return artifact.write(work / NAME, NAME, digest, config, metrics, state, texts)
+
+
+@dataclass
+class Said:
+    """Batches of scenes with sentences and questions."""
+
+    seen: features.Scenes
+    config: dict[str, Any]
+    rng: np.random.Generator
+    questions: dict[int, list[Question]] = field(init=False)
+    captions: list[list[list[str]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        ucm = self.seen.parts[0]
+        theme = themes(ucm.scenes.scenes[int(i)] for i in ucm.usable)
+        # RSIVQA's own are as likely as the others together: they are what is asked in the end.
+        self.questions = {}
+        for i in map(int, ucm.usable):
+            scene = ucm.scenes.scenes[i]
+            own, others = asked(scene), made(scene, theme)
+            self.questions[i] = own * max(1, len(others) // max(len(own), 1)) + others
+        self.captions = [[sentences(scene) for scene in part.scenes.scenes] for part in self.seen.parts]
+
+    def __call__(self) -> Batch:
+        maps: list[npt.NDArray[np.float32]] = []
+        sequences: list[list[Sequence]] = []
+        while len(maps) < self.config["images"]:
+            number = 0 if self.rng.random() < self.config["ucm_share"] else 1
+            part = self.seen.parts[number]
+            image, view = int(self.rng.choice(part.usable)), int(self.rng.integers(part.views))
+            if found := self._sequences(number, image, view):
+                maps.append(part.store[image, view])
+                sequences.append(found)
+        return {"tokens": torch.from_numpy(np.stack(maps)), **padded(self.seen.tokenizer, sequences, SEQUENCES)}
+
+    def _sequences(self, number: int, image: int, view: int) -> list[Sequence]:
+        """Of a turned image, only what is true whichever way it lies."""
+        captions = [c for c in self.captions[number][image] if view == 0 or not points_somewhere(c)]
+        questions = [
+            q for q in (self.questions[image] if number == 0 else ())
+            if view == 0 or "location" not in q.question
+        ]  # fmt: skip
+        found: list[Sequence] = []
+        for _ in range(SEQUENCES):
+            if questions and (not captions or self.rng.random() < self.config["question_share"]):
+                q = questions[int(self.rng.integers(len(questions)))]
+                found.append((f"{ASK}{q.question}{ANSWER}", q.answer))
+            elif captions:
+                found.append((BOS, captions.pop(int(self.rng.integers(len(captions))))))
+        return found
+
+
+@dataclass
+class Shown:
+    """Batches of crops with phrases for their objects."""
+
+    crops: crops.Crops
+    tokenizer: Any
+    config: dict[str, Any]
+    rng: np.random.Generator
+
+    def __call__(self) -> Batch:
+        chosen = self.rng.choice(len(self.crops.phrases), self.config["ground_images"], replace=False)
+        sequences = []
+        for i in chosen:
+            found = self.crops.phrases[int(i)]
+            picked = self.rng.choice(len(found), min(PHRASES, len(found)), replace=False)
+            sequences.append(
+                [(f"{GROUND}{found[k].words}{ANSWER}", written(self.crops, int(i), found[k].boxes)) for k in picked]
+            )
+        maps = np.stack([self.crops.store[int(i), 0] for i in chosen])
+        return {"tokens": torch.from_numpy(maps), **padded(self.tokenizer, sequences, PHRASES)}
+
+
+def written(found: crops.Crops, crop: int, boxes: tuple[int, ...]) -> str:
+    """Boxes of a crop as tokens, from left to right and then from the top: one order for every set of boxes."""
+    shares = found.boxes[crop][list(boxes)] / crops.SIZE_PX
+    numbers = np.clip(np.floor(shares * len(LOCATIONS)), 0, len(LOCATIONS) - 1).astype(int)
+    ordered = sorted(numbers.tolist())
+    return "".join(BOX + "".join(LOCATIONS[n] for n in box) + END_BOX for box in ordered)
+
+
+def padded(tokenizer: Any, sequences: list[list[Sequence]], count: int) -> Batch:
+    """``fed`` [N,S,T] and ``expected`` [N,S,T], IGNORE in the prompt and beyond the end."""
+    eos = tokenizer.token_to_id(EOS)
+    pairs = [
+        [tuple(tokenizer.encode(text, add_special_tokens=False).ids for text in pair) for pair in of_image]
+        for of_image in sequences
+    ]
+    longest = min(MOST_TOKENS, max(len(p) + len(a) for of_image in pairs for p, a in of_image))
+    fed = np.full((len(pairs), count, longest), eos, np.int64)
+    expected = np.full_like(fed, IGNORE)
+    for n, of_image in enumerate(pairs):
+        for s, (prompt, answer) in enumerate(of_image):
+            whole = [*prompt, *answer, eos][: longest + 1]
+            fed[n, s, : len(whole) - 1] = whole[:-1]
+            expected[n, s, len(prompt) - 1 : len(whole) - 1] = whole[len(prompt) :]
+    return {"fed": torch.from_numpy(fed), "expected": torch.from_numpy(expected)}
+
+
+def loss(model: Language, batch: Batch, smoothing: float) -> Tensor:
+    """Cross-entropy of the next token of the answers."""
+    where = device()
+    batch = {name: value.to(where) for name, value in batch.items()}
+    count, sequences, length = batch["fed"].shape
+    with torch.autocast(where.type, torch.bfloat16):
+        prefix = model.prefix(batch["tokens"])
+        positions, mask = packed_layout(prefix.shape[1], sequences, length)
+        words = model.decoder.embed(batch["fed"].flatten(1)).to(prefix.dtype)
+        hidden, _ = model.decoder(
+            torch.cat([prefix, words], dim=1), positions.to(where).expand(count, -1), mask.to(where)
+        )
+        known = batch["expected"].flatten(1) != IGNORE
+        logits = model.decoder.logits(hidden[:, prefix.shape[1] :][known])
+    return F.cross_entropy(logits.float(), batch["expected"].flatten(1)[known], label_smoothing=smoothing)
