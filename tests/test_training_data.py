@@ -1,0 +1,240 @@
+"""What the default model is taught: objects by kind, phrases, questions, words, and tiles made worse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.usefixtures("torch_here")
+
+
+@pytest.fixture
+def torch_here(needs):
+    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors"):
+        needs(name)
+
+
+def objects_of(boxes, names, size=(400, 400)):
+    from edge_rsvlm.export.default.data.phrases import Objects
+
+    return Objects(np.array(boxes, float), names, size)
+
+
+def said(boxes, names, size=(400, 400)):
+    from edge_rsvlm.export.default.data.phrases import phrases
+
+    return {p.words: p.boxes for p in phrases(objects_of(boxes, names, size))}
+
+
+def test_targets_by_kind_decode_to_their_boxes():
+    from edge_rsvlm.export.default.data.objects import KINDS, SETS, targets
+
+    boxes = np.array([[10.0, 20, 42, 60], [100, 90, 130, 110], [200, 200, 203, 203]])
+    kinds = np.array([KINDS.index("airplane"), KINDS.index("car"), KINDS.index("airplane")])
+    made = targets(boxes, kinds, 256, SETS[1])
+    assert made.peaks[:, 0].tolist() == kinds[:2].tolist()
+    for (kind, row, col), box in zip(made.peaks, boxes[:2], strict=True):
+        assert made.heat[kind, row, col] == 1 and made.trust[kind, row, col] and made.sides_weight[row, col] > 0
+        x, y = (col + 0.5) * 4, (row + 0.5) * 4
+        left, top, right, bottom = made.sides[:, row, col]
+        np.testing.assert_allclose([x - left, y - top, x + right, y + bottom], box)
+    assert not made.trust[:, 50, 50].any(), "an object too small to learn is ignored, not background"
+    assert made.trust[KINDS.index("fighter"), 5, 5], "this set labels every airplane of any kind"
+    assert not made.trust[KINDS.index("boat"), 5, 5], "and no boats"
+
+
+def test_a_set_with_unlabelled_objects_is_trusted_near_labelled_ones_only():
+    from edge_rsvlm.export.default.data.objects import KINDS, SETS, targets
+
+    simd = next(spec for spec in SETS if spec.sparse)
+    made = targets(np.array([[100.0, 100, 120, 120]]), np.array([KINDS.index("car")]), 256, simd)
+    assert made.trust[:, 27, 27].all() and made.trust[KINDS.index("boat"), 24, 24]
+    assert not made.trust[:, 5, 5].any() and not made.trust[:, 60, 60].any()
+
+
+def test_what_is_not_taught_is_nowhere_in_words_and_never_a_target():
+    from edge_rsvlm.export.default.data.objects import KINDS, QUERIES, SETS
+    from edge_rsvlm.export.default.data.scenes import Scene
+    from edge_rsvlm.export.default.data.words import UNTAUGHT, sentences
+
+    assert not any(UNTAUGHT.search(word) for query in QUERIES for word in query.words)
+    assert all(spec.mapping.get("bus", None) is None for spec in SETS) and not any("bus" in kind for kind in KINDS)
+    scene = Scene("ucm", "a", "road", (), ("Two buses on a road .", "There are bushes .", "A bus stop ."))
+    assert sentences(scene) == ["there are bushes"]
+
+
+def test_a_query_cannot_tell_for_a_general_kind_only_where_it_means_a_finer_one():
+    import torch
+
+    from edge_rsvlm.export.default.data.objects import KINDS, QUERIES, example_tables, query_tables
+    from edge_rsvlm.export.default.stages.vision import asked
+
+    means, unsure = query_tables()
+    names = [query.words[0] for query in QUERIES]
+    assert unsure[names.index("fighter")][KINDS.index("airplane")] and not unsure[names.index("airplane")].any()
+    heat, trust = torch.zeros(1, len(KINDS), 4, 4), torch.ones(1, len(KINDS), 4, 4, dtype=torch.bool)
+    heat[0, KINDS.index("airplane"), 1, 1] = 1
+    wanted, weight = asked(heat, trust, torch.from_numpy(means), torch.from_numpy(unsure))
+    plane, fighter, car = (names.index(name) for name in ("airplane", "fighter", "car"))
+    assert wanted[0, plane, 1, 1] == 1 and weight[0, plane, 1, 1] == 1
+    assert wanted[0, fighter, 1, 1] == 0 and weight[0, fighter, 1, 1] == 0 and weight[0, fighter, 2, 2] == 1
+    assert weight[0, car, 1, 1] == 1, "an airplane is no car"
+    _, unsure = example_tables()
+    kind = {name: KINDS.index(name) for name in KINDS}
+    assert unsure[kind["airplane"], kind["fighter"]] and unsure[kind["fighter"], kind["airplane"]]
+    assert not unsure[kind["fighter"], kind["airliner"]] and not unsure[kind["airplane"], kind["airplane"]]
+
+
+def test_an_example_is_no_evidence_for_itself():
+    import torch
+
+    from edge_rsvlm.export.default.stages.vision import around_itself
+
+    trust = torch.ones(2, 1, 6, 6)
+    around_itself(trust, torch.tensor([1]), torch.tensor([0]), torch.tensor([5]))
+    assert trust[0].all() and trust[1, 0].sum() == 36 - 4
+
+
+def test_cells_of_the_ground_are_known_from_boxes_where_boxes_are_complete():
+    import torch
+
+    from edge_rsvlm.export.default.data.objects import KINDS
+    from edge_rsvlm.export.default.stages.vision import COVERED, covered_by
+
+    heat, trust = torch.zeros(1, len(KINDS), 4, 4), torch.zeros(1, len(KINDS), 4, 4, dtype=torch.bool)
+    heat[0, KINDS.index("car"), 0, 1] = 1
+    trust[0, [KINDS.index("car"), KINDS.index("van")]] = True
+    trust[0, :, 3, 3] = False
+    known = covered_by(heat, trust)[0, list(COVERED).index("cars")]
+    assert known.tolist() == [[1, 0], [0, -1]]
+
+
+def test_phrases_name_one_object_only_where_it_is_clear():
+    boxes = [[10, 100, 60, 150], [200, 180, 240, 220], [300, 110, 320, 130]]
+    found = said(boxes, ["airplane"] * 3)
+    assert found["the airplane on the left"] == (0,) and found["the rightmost airplane"] == (2,)
+    assert found["the second airplane from the left"] == (1,)
+    assert found["the largest airplane"] == (0,) and found["the smallest airplane"] == (2,)
+    assert found["the three airplanes"] == (0, 1, 2) == found["all airplanes"]
+    assert found["the airplane in the center"] == (1,) and "the airplane" not in found
+    close = said([[10, 100, 60, 150], [12, 300, 62, 350]], ["airplane"] * 2)
+    assert "the airplane on the left" not in close and close["the airplane at the top"] == (0,)
+    assert "the largest airplane" not in close
+
+
+def test_phrases_relate_to_the_only_object_of_another_kind():
+    found = said([[100, 100, 120, 120], [200, 100, 220, 120], [150, 300, 180, 330]], ["car", "car", "truck"])
+    assert found["the car left of the truck"] == (0,) and found["the car right of the truck"] == (1,)
+    assert "the car above the truck" not in found, "both are"
+    assert found["the truck"] == (2,) and "the truck next to the car" not in found
+    assert "the car next to the truck" not in found, "both are nearly as far"
+
+
+def test_questions_follow_from_labels_and_classes():
+    from edge_rsvlm.export.default.data.questions import THEME, asked, made, themes
+    from edge_rsvlm.export.default.data.scenes import Scene
+
+    harbor = Scene("ucm", "a", "harbor", ("ship", "water"), (), ((THEME, "harbor"), ("How many  in it?", "two")))
+    typo = Scene("ucm", "b", "harbor", ("ship",), (), ((THEME, "harobr"),))
+    theme = themes([harbor, harbor, typo])
+    answers = {q.question: q.answer for q in made(Scene("ucm", "c", "harbor", ("ship", "water"), ()), theme)}
+    assert answers[THEME] == "harbor" and answers["Does this picture contain water?"] == "yes"
+    assert answers["Does this picture contain an airplane?"] == "no"
+    assert [q.question for q in asked(harbor)] == [THEME], "a question without its thing is left out"
+    assert not made(Scene("rsicd", "d", "Port", (), ()), theme)
+
+
+@pytest.mark.parametrize("name", ["noise", "blur", "haze", "jpeg"])
+def test_worse_tiles_keep_their_scene(name):
+    from edge_rsvlm.export.default.data import augment
+
+    rng = np.random.default_rng(3)
+    y, x = np.mgrid[:64, :64] / 63
+    rgb = np.stack([x, y, (x + y) / 2]).astype(np.float32)
+    worse = getattr(augment, name)(rng, rgb)
+    assert worse.shape == rgb.shape and worse.dtype == np.float32 and not np.array_equal(worse, rgb)
+    assert np.corrcoef(worse.ravel(), rgb.ravel())[0, 1] > 0.9
+
+
+def test_what_is_invalid_stays_as_it_is_and_so_does_validity():
+    from edge_rsvlm.export.default.data.augment import degraded
+
+    tile = np.zeros((5, 32, 32), np.float32)
+    tile[:3] = np.random.default_rng(0).uniform(-1, 1, (3, 32, 32))
+    tile[4, :, 16:] = 1
+    for seed in range(20):
+        worse = degraded(np.random.default_rng(seed), tile)
+        np.testing.assert_array_equal(worse[:, :, :16], tile[:, :, :16])
+        np.testing.assert_array_equal(worse[3:], tile[3:])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from edge_rsvlm.export.default.stages.features import tokenizer_of
+
+    return tokenizer_of(["there is an airplane at the airport", "many cars in a parking lot", "two green trees"] * 20)
+
+
+def test_the_tokenizer_reads_questions_as_they_are_typed(tokenizer):
+    ids = tokenizer.encode("<ask>Does this picture contain trees?<answer>", add_special_tokens=False)
+    plain = tokenizer.encode("<ask>does this picture contain trees<answer>", add_special_tokens=False)
+    assert ids.ids == plain.ids and ids.tokens[0] == "<ask>" and ids.tokens[-1] == "<answer>"
+
+
+def test_boxes_are_written_as_the_runtime_reads_them(tokenizer):
+    from edge_rsvlm.config.task_specs import BoxFormat
+    from edge_rsvlm.export.default.stages import crops
+    from edge_rsvlm.export.default.stages.features import BOX, END_BOX, LOCATIONS
+    from edge_rsvlm.export.default.stages.language import written
+    from edge_rsvlm.tasks.generate import parse_boxes
+
+    boxes = np.array([[300.0, 100, 400, 220], [16, 40, 96, 200]])
+    text = written(crops.Crops(None, [boxes], [[]]), 0, (0, 1))
+    shown = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=True)
+    found = parse_boxes(shown, BoxFormat(open=BOX, close=END_BOX, scale=len(LOCATIONS)), (512, 512))
+    assert np.abs(np.array(found) * crops.SIZE_PX - boxes[[1, 0]]).max() <= crops.SIZE_PX / len(LOCATIONS)
+
+
+def test_only_answers_are_learnt(tokenizer):
+    from edge_rsvlm.export.default.stages.language import IGNORE, padded
+
+    batch = padded(tokenizer, [[("<ask>many cars<answer>", "two"), ("<bos>", "two green trees")]], 3)
+    fed, expected = batch["fed"][0], batch["expected"][0]
+    prompt = len(tokenizer.encode("<ask>many cars<answer>", add_special_tokens=False).ids)
+    assert (expected[0, : prompt - 1] == IGNORE).all() and expected[0, prompt - 1] != IGNORE
+    for row in (0, 1):
+        last = int((expected[row] != IGNORE).nonzero().max())
+        assert expected[row, last] == tokenizer.token_to_id("<eos>")
+        told = expected[row] != IGNORE
+        np.testing.assert_array_equal(fed[row, 1 : last + 1][told[:last]], expected[row, :last][told[:last]])
+    assert (expected[2] == IGNORE).all(), "an image with fewer sentences learns nothing from the rest"
+
+
+def test_padding_changes_no_text(tokenizer):
+    import torch
+
+    from edge_rsvlm.export.default.model.text import TextEncoder
+    from edge_rsvlm.export.default.stages.match import tokens
+
+    torch.manual_seed(0)
+    model = TextEncoder(tokenizer.get_vocab_size()).eval()
+    alone, beside = tokens(tokenizer, ["trees"]), tokens(tokenizer, ["trees", "many cars in a parking lot"])
+    with torch.inference_mode():
+        for name, vectors in model(**alone).items():
+            torch.testing.assert_close(model(**beside)[name][:1], vectors, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_said_of_several_images_is_true_of_all_of_them(tokenizer):
+    from types import SimpleNamespace
+
+    from edge_rsvlm.export.default.data.scenes import Scene
+    from edge_rsvlm.export.default.stages.match import DEFAULTS, BatchMaker
+
+    scenes = [
+        Scene("ucm", "a", "river", ("water", "trees"), ("a river",)), Scene("ucm", "b", "river", ("water",), ("a river",)),
+        Scene("rsicd", "c", "River", (), ("a long river",)),
+    ]  # fmt: skip
+    parts = tuple(SimpleNamespace(scenes=SimpleNamespace(scenes=some)) for some in (scenes[:2], scenes[2:]))
+    maker = BatchMaker(SimpleNamespace(parts=parts, tokenizer=tokenizer), DEFAULTS, np.random.default_rng(0))
+    holds = maker._holds([(0, 0), (0, 1), (1, 0)], [("caption", "a river"), ("label", "trees"), ("class", "river")])
+    assert holds.tolist() == [[1, 1, 1], [1, 1, 1], [0, -1, 1]]
