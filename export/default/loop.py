@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import queue
 import threading
@@ -69,11 +70,12 @@ def train(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Minimise the sum of ``step_loss(step)`` for ``minutes``; returns averaged weights and what was seen.
 
-    ``groups`` are AdamW parameter groups, each with its own ``lr``.
+    ``groups`` are AdamW parameter groups, each with its own ``lr``. Losses go to a ``.jsonl`` beside ``checkpoint``.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
     peak_rates = [g["lr"] for g in optimizer.param_groups]
     average = Averaged(module)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     step, used_s = _resume(checkpoint, module, optimizer, average)
     begun = reported = saved = time.monotonic()
     seen: dict[str, float] = {}
@@ -93,8 +95,7 @@ def train(
             seen[name] = seen.get(name, value) * 0.98 + value * 0.02
         if time.monotonic() - reported > REPORT_EVERY_S:
             reported = time.monotonic()
-            text = " ".join(f"{k} {v:.3f}" for k, v in seen.items())
-            print(f"{spent / 60:6.1f} of {minutes:g} min, step {step}: {text}", flush=True)
+            _report(checkpoint.with_suffix(".jsonl"), spent / 60, minutes, step, seen)
         if time.monotonic() - saved > CHECKPOINT_EVERY_S:
             saved = time.monotonic()
             _save(checkpoint, module, optimizer, average, step, used_s + saved - begun)
@@ -102,10 +103,17 @@ def train(
     return average.state, {"steps": float(step), **{f"loss_{k}": round(v, 4) for k, v in seen.items()}}
 
 
+def _report(log: Path, spent: float, minutes: float, step: int, seen: dict[str, float]) -> None:
+    """A line to read, and one to plot: losses are running means."""
+    text = " ".join(f"{k} {v:.3f}" for k, v in seen.items())
+    print(f"{spent:6.1f} of {minutes:g} min, step {step}: {text}", flush=True)
+    with log.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps({"minutes": round(spent, 2), "step": step, **seen}) + "\n")
+
+
 def _save(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: Averaged, step: int, used_s: float
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state}
     temporary = path.with_suffix(".tmp")
     torch.save({**state, "step": step, "used_s": used_s}, temporary)
