@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from edge_rsvlm.export import artifact
 from edge_rsvlm.export.default.data.captions import BOS, EOS, points_somewhere
 from edge_rsvlm.export.default.data.questions import Question, asked, made, themes
-from edge_rsvlm.export.default.data.words import sentences
+from edge_rsvlm.export.default.data.words import sentences, vocabulary
 from edge_rsvlm.export.default.loop import ahead, device, train
 from edge_rsvlm.export.default.model.decoder import DecoderConfig, packed_layout
 from edge_rsvlm.export.default.model.language import Language
@@ -46,6 +46,8 @@ SEQUENCES, PHRASES = 3, 6
 MOST_TOKENS = 40
 IGNORE = -100
 TOKENIZER_NAME = "tokenizer.json"
+VOCABULARY_NAME, ASKED_NAME = "vocabulary.txt", "vocabulary_asked.txt"
+"""Words of the scenes, and these with those of phrases for objects; one a line."""
 Batch = dict[str, Tensor]
 Sequence = tuple[str, str]
 """Prompt and answer."""
@@ -54,7 +56,7 @@ Sequence = tuple[str, str]
 def run(
     data: Path, work: Path, config: dict[str, Any], backbone: artifact.Artifact, vision: artifact.Artifact
 ) -> artifact.Artifact:
-    """Train; the artifact also holds ``tokenizer.json``."""
+    """Train; the artifact also holds the tokenizer, and the words that were learnt."""
     config = DEFAULTS | config
     digest = artifact.stage_hash(NAME, config, [backbone, vision])
     if found := artifact.find(work / NAME, digest):
@@ -63,8 +65,9 @@ def run(
     seen = features.of_scenes(data, work, backbone, vision)
     model = Language(DecoderConfig(seen.tokenizer.get_vocab_size(), dropout=config["dropout"])).to(device()).train()
     rng = np.random.default_rng(config["seed"])
+    objects = crops.of_objects(data, work, vision)
     said = ahead(Said(seen, config, rng), depth=4)
-    shown = ahead(Shown(crops.of_objects(data, work, vision), seen.tokenizer, config, rng), depth=4)
+    shown = ahead(Shown(objects, seen.tokenizer, config, rng), depth=4)
 
     def losses(step: int) -> dict[str, Tensor]:
         if step % int(config["ground_every"]) == 0:
@@ -75,8 +78,18 @@ def run(
         model, [{"params": list(model.parameters()), "lr": config["rate"]}], losses,
         minutes=config["minutes"], checkpoint=work / f"{NAME}-{digest[:12]}.pt",
     )  # fmt: skip
-    texts = {TOKENIZER_NAME: seen.tokenizer.to_str()}
-    return artifact.write(work / NAME, NAME, digest, config, metrics, state, texts)
+    return artifact.write(work / NAME, NAME, digest, config, metrics, state, texts(seen, objects))
+
+
+def texts(seen: features.Scenes, objects: crops.Crops) -> dict[str, str]:
+    """Files of the artifact by name."""
+    scenes = features.texts([(part.scenes, part.usable) for part in seen.parts])
+    phrases = [phrase.words for of_crop in objects.phrases for phrase in of_crop]
+    return {
+        TOKENIZER_NAME: seen.tokenizer.to_str(),
+        VOCABULARY_NAME: "".join(f"{word}\n" for word in vocabulary(scenes)),
+        ASKED_NAME: "".join(f"{word}\n" for word in vocabulary([*scenes, *phrases])),
+    }
 
 
 @dataclass
