@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edge_rsvlm.config.inputs import TaskMemory
 from edge_rsvlm.config.units import format_bytes
@@ -23,6 +23,7 @@ TILE_BATCHES_IN_FLIGHT = 4
 """One being filled, two queued, one at the engine."""
 BATCHES = (8, 4, 2, 1)
 READ_PIXELS = (4 * MIB, 2 * MIB, MIB)
+JOIN = " + "
 SLACK = 1.10
 """Allocators keep some freed memory."""
 
@@ -54,6 +55,32 @@ class Demand:
     canvas_bytes: int = 0
     map_bytes: int = 0
     dates: int = 1
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """The task, or those that were joined."""
+        return tuple(self.task.split(JOIN))
+
+
+def joined(demands: Sequence[Demand]) -> Demand:
+    """What tasks ask of one input that are fed the same tiles in turn: each keeps its own results meanwhile.
+
+    Features that one leaves for the next count as if every task had made its own.
+    """
+    first, *others = demands
+    if not others:
+        return first
+    return replace(
+        first,
+        task=JOIN.join(d.task for d in demands),
+        memory=TaskMemory(
+            session_bytes=sum(d.memory.session_bytes for d in demands),
+            tile_bytes=sum(d.memory.tile_bytes for d in demands),
+        ),
+        cache_bytes=sum(d.cache_bytes for d in demands),
+        canvas_bytes=sum(d.canvas_bytes for d in demands),
+        map_bytes=max(d.map_bytes for d in demands),
+    )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from edge_rsvlm.bundle import load_bundle
 from edge_rsvlm.errors import BudgetError, InputError
 from edge_rsvlm.geo import PixelMapper, apply, metres_per_pixel
 from edge_rsvlm.pipeline.change import change
+from edge_rsvlm.pipeline.consume import run_over
 from edge_rsvlm.pipeline.detect import DetectQuery, detect
 from edge_rsvlm.pipeline.outcome import Deadline, Outcome
 from edge_rsvlm.pipeline.prefetch import prefetch
@@ -177,8 +178,9 @@ def run_scene(bundle, task, paths, *, batch, read_pixels, threads=1, deadline=No
         spec = getattr(bundle.manifest.tasks, task)
         if task == "detect":
             view = scene_view((first,), spec.input, None)
-            outcome = detect(runtime, spec, view, DetectQuery(), pace, lambda *r: results.append(r))
-            return json.dumps(results), outcome, []
+            boxes = detect(runtime, spec, view, DetectQuery(), lambda *r: results.append(r))
+            run_over(view, pace, [boxes])
+            return json.dumps(results), boxes.outcome, []
         rows = []
         view = scene_view((first, last), spec.input, None)
         keep = lambda i, r: rows.append((i, r.copy()))  # noqa: E731

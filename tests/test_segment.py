@@ -14,8 +14,9 @@ from edge_rsvlm.budget import MemoryPlan
 from edge_rsvlm.bundle import load_bundle
 from edge_rsvlm.config.task_specs import SegmentTask
 from edge_rsvlm.engines.fake import FakeSession
+from edge_rsvlm.pipeline.consume import run_over
 from edge_rsvlm.pipeline.runtime import Pace, Runtime
-from edge_rsvlm.pipeline.segment import MOST_LABELS, segment
+from edge_rsvlm.pipeline.segment import MOST_LABELS, Segments
 from edge_rsvlm.pipeline.session import Limits, Session
 from edge_rsvlm.pipeline.views import scene_view
 from edge_rsvlm.planning import plan_image
@@ -172,8 +173,9 @@ def test_results_do_not_depend_on_how_much_is_done_at_once(bundle, tmp_path):
         results, rows = [], []
         with open_raster(str(path)) as raster:
             view, pace = scene_view((raster,), task.input, None), Pace(MemoryPlan((), batch, read_pixels))
-            segment(runtime, task, view, ["bright", "dark"], pace, lambda *r, to=results: to.append(r),
-                    lambda _, mask, to=rows: to.append(mask))  # fmt: skip
+            segments = Segments(runtime, task, view, ["bright", "dark"], lambda *r, to=results: to.append(r),
+                                lambda _, mask, to=rows: to.append(mask))  # fmt: skip
+            run_over(view, pace, [segments])
         found.append((results, np.concatenate(rows).tolist()))
     assert found[0] == found[1] == found[2]
 

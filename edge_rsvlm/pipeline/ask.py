@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, GgufTask
 from edge_rsvlm.errors import InputError
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
-from edge_rsvlm.pipeline.per_tile import Kept, each_tile, emit_tile, mapper_of
-from edge_rsvlm.pipeline.runtime import Pace, Runtime
+from edge_rsvlm.pipeline.per_tile import EachTile, Kept, emit_tile, mapper_of
+from edge_rsvlm.pipeline.runtime import Runtime
 from edge_rsvlm.pipeline.stream import Seen, TileBatch, View
 from edge_rsvlm.tasks.generate import Sampling
 
@@ -38,10 +38,9 @@ def ask(
     view: View,
     question: str,
     sampling: Sampling | None,
-    pace: Pace,
     emit: Emit,
-) -> AskOutcome:
-    """Emit ``{"answer", "box"}`` per tile (box x, y, w, h in raster pixels) and return the image's answer."""
+) -> EachTile[AskOutcome, Answers]:
+    """Emits ``{"answer", "box"}`` per tile (box x, y, w, h in raster pixels); the outcome has the image's answer."""
     outcome = AskOutcome()
     mapper = mapper_of(view, outcome)
     votes = Votes()
@@ -57,9 +56,10 @@ def ask(
         texts = runtime.generator("ask", task)(date.chosen(kept), question, sampling)
         return [[(text, 1.0)] for text in texts]
 
-    each_tile(view, pace, outcome, answers, use)
-    outcome.answer = votes.winner()
-    return outcome
+    def conclude() -> None:
+        outcome.answer = votes.winner()
+
+    return EachTile(outcome, view.size, answers, use, conclude)
 
 
 def ask_features(

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from edge_rsvlm.geo import PixelMapper, box_ring, feature_geometry
+from edge_rsvlm.geo import box_ring, feature_geometry
 from edge_rsvlm.merge.boxes import BoxMerger, concatenate, empty_boxes
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
-from edge_rsvlm.pipeline.per_tile import Kept
-from edge_rsvlm.pipeline.runtime import Pace
-from edge_rsvlm.pipeline.stream import TileBatch, View, scene_batches
+from edge_rsvlm.pipeline.per_tile import Kept, mapper_of
+from edge_rsvlm.pipeline.stream import TileBatch, View
 from edge_rsvlm.types import Boxes
 
 Find = Callable[[TileBatch, Kept], Sequence[Boxes]]
@@ -21,37 +20,36 @@ Describe = Callable[[float, int], dict[str, Any]]
 """From score and label of a box to what its record says beside ``box``."""
 
 
-def merge_boxes(
-    view: View,
-    pace: Pace,
-    outcome: Outcome,
-    find: Find,
-    describe: Describe,
-    emit: Emit,
-    *,
-    mapper: PixelMapper,
-    nms_iou: float,
-    margin_px: float,
-) -> None:
-    """Emit every box that suppression over the whole scene keeps; see ``_owned`` for ``margin_px``."""
-    merger = BoxMerger(nms_iou)
+class SceneBoxes:
+    """A consumer that emits every box that suppression over the whole scene keeps; see ``_owned`` for ``margin_px``."""
 
-    def release(boxes: Boxes) -> None:
+    def __init__(
+        self, view: View, find: Find, describe: Describe, emit: Emit, *, nms_iou: float, margin_px: float
+    ) -> None:
+        self.outcome = Outcome()
+        self._view, self._find, self._describe, self._emit = view, find, describe, emit
+        self._margin_px, self._merger = margin_px, BoxMerger(nms_iou)
+        self._mapper = mapper_of(view, self.outcome)
+
+    def feed(self, tiles: TileBatch) -> None:
+        kept = np.flatnonzero(tiles.valid_fraction_N > 0)
+        with self.outcome.clock("engine"):
+            found = self._find(tiles, kept) if len(kept) else []
+        with self.outcome.clock("merge"):
+            pairs = zip(kept, found, strict=True)
+            owned = [_owned(boxes, tiles, int(n), self._view, self._margin_px) for n, boxes in pairs]
+            self._release(self._merger.feed(concatenate([empty_boxes(), *owned]), tiles.frontier_row))
+
+    def finish(self) -> None:
+        with self.outcome.clock("merge"):
+            self._release(self._merger.flush())
+
+    def _release(self, boxes: Boxes) -> None:
         for xyxy, score, label in zip(boxes.xyxy_N4, boxes.scores_N, boxes.labels_N, strict=True):
             x0, y0, x1, y1 = (round(float(v), 2) for v in xyxy)
             box = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
-            emit({**describe(float(score), int(label)), "box": box}, feature_geometry([box_ring(xyxy)], mapper))
-
-    with scene_batches(view, pace, outcome) as source:
-        for tiles in source:
-            kept = np.flatnonzero(tiles.valid_fraction_N > 0)
-            with outcome.clock("engine"):
-                found = find(tiles, kept) if len(kept) else []
-            with outcome.clock("merge"):
-                owned = [_owned(b, tiles, int(n), view, margin_px) for n, b in zip(kept, found, strict=True)]
-                release(merger.feed(concatenate([empty_boxes(), *owned]), tiles.frontier_row))
-    with outcome.clock("merge"):
-        release(merger.flush())
+            geometry = feature_geometry([box_ring(xyxy)], self._mapper)
+            self._emit({**self._describe(float(score), int(label)), "box": box}, geometry)
 
 
 def _owned(boxes: Boxes, tiles: TileBatch, n: int, view: View, margin_px: float) -> Boxes:

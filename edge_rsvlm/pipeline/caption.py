@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from edge_rsvlm.config.task_specs import GenerateTask, GgufTask
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
-from edge_rsvlm.pipeline.per_tile import each_tile, emit_tile, mapper_of
-from edge_rsvlm.pipeline.runtime import Pace, Runtime
-from edge_rsvlm.pipeline.stream import Seen, View
+from edge_rsvlm.pipeline.per_tile import EachTile, Kept, emit_tile, mapper_of
+from edge_rsvlm.pipeline.runtime import Runtime
+from edge_rsvlm.pipeline.stream import Seen, TileBatch, View
 from edge_rsvlm.tasks.generate import Sampling
 from edge_rsvlm.tasks.summary import summarise
 
@@ -21,9 +21,9 @@ class CaptionOutcome(Outcome):
 
 
 def caption(
-    runtime: Runtime, task: GenerateTask | GgufTask, view: View, sampling: Sampling | None, pace: Pace, emit: Emit
-) -> CaptionOutcome:
-    """Emit ``{"caption", "box"}`` per tile (box x, y, w, h in raster pixels) and return the image's caption."""
+    runtime: Runtime, task: GenerateTask | GgufTask, view: View, sampling: Sampling | None, emit: Emit
+) -> EachTile[CaptionOutcome, str]:
+    """Emits ``{"caption", "box"}`` per tile (box x, y, w, h in raster pixels); the outcome has the image's caption."""
     outcome = CaptionOutcome()
     mapper = mapper_of(view, outcome)
     captions: list[str] = []
@@ -34,12 +34,10 @@ def caption(
         captions.append(sentence)
         weights.append(seen.valid_px)
 
-    each_tile(
-        view,
-        pace,
-        outcome,
-        lambda tiles, kept: runtime.generator("caption", task)(tiles.dates[0].chosen(kept), "", sampling),
-        use,
-    )
-    outcome.caption = summarise(captions, weights) if captions else None
-    return outcome
+    def sentences(tiles: TileBatch, kept: Kept) -> list[str]:
+        return runtime.generator("caption", task)(tiles.dates[0].chosen(kept), "", sampling)
+
+    def conclude() -> None:
+        outcome.caption = summarise(captions, weights) if captions else None
+
+    return EachTile(outcome, view.size, sentences, use, conclude)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from edge_rsvlm.config.task_specs import MatchTask
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
-from edge_rsvlm.pipeline.per_tile import Kept, each_tile, emit_tile, mapper_of
-from edge_rsvlm.pipeline.runtime import Pace, Runtime
+from edge_rsvlm.pipeline.per_tile import EachTile, Kept, emit_tile, mapper_of
+from edge_rsvlm.pipeline.runtime import Runtime
 from edge_rsvlm.pipeline.stream import Seen, TileBatch, View
 
 Labels = list[tuple[str, float]]
@@ -25,16 +25,16 @@ class ClassifyOutcome(Outcome):
 
 
 def classify(
-    runtime: Runtime, task: MatchTask, view: View, labels: Sequence[str], pace: Pace, emit: Emit
-) -> ClassifyOutcome:
-    """Emit ``{"labels", "box"}`` per tile (box x, y, w, h in raster pixels) and return the image's classes."""
+    runtime: Runtime, task: MatchTask, view: View, labels: Sequence[str], emit: Emit
+) -> EachTile[ClassifyOutcome, NDArray[np.float32]]:
+    """Emits ``{"labels", "box"}`` per tile (box x, y, w, h in raster pixels); the outcome has the image's classes."""
     outcome = ClassifyOutcome()
     mapper = mapper_of(view, outcome)
     total_M, weight = np.zeros(len(labels)), 0.0
 
-    def scores(tiles: TileBatch, kept: Kept) -> NDArray[np.float32]:
+    def scores(tiles: TileBatch, kept: Kept) -> list[NDArray[np.float32]]:
         matcher = runtime.matcher("classify", task)
-        return matcher.scores(matcher.images(tiles.dates[0].pixels_NCHW(kept)), list(labels))
+        return list(matcher.scores(matcher.images(tiles.dates[0].pixels_NCHW(kept)), list(labels)))
 
     def use(seen: Seen, scores_M: NDArray[np.float32]) -> None:
         nonlocal weight
@@ -42,10 +42,11 @@ def classify(
         total_M[:] += scores_M * seen.valid_px
         weight += seen.valid_px
 
-    each_tile(view, pace, outcome, lambda tiles, kept: list(scores(tiles, kept)), use)
-    if weight:
-        outcome.labels = _ranked(labels, total_M / weight)
-    return outcome
+    def conclude() -> None:
+        if weight:
+            outcome.labels = _ranked(labels, total_M / weight)
+
+    return EachTile(outcome, view.size, scores, use, conclude)
 
 
 def _ranked(labels: Sequence[str], scores_M: NDArray[np.floating]) -> Labels:

@@ -19,11 +19,11 @@ from edge_rsvlm.config.task_specs import (
     TextDetectTask,
 )
 from edge_rsvlm.errors import UsageError
-from edge_rsvlm.pipeline.boxes import Find, merge_boxes
+from edge_rsvlm.pipeline.boxes import Find, SceneBoxes
 from edge_rsvlm.pipeline.cut import extent_xy
-from edge_rsvlm.pipeline.outcome import Emit, Outcome
-from edge_rsvlm.pipeline.per_tile import Kept, mapper_of
-from edge_rsvlm.pipeline.runtime import Pace, Runtime
+from edge_rsvlm.pipeline.outcome import Emit
+from edge_rsvlm.pipeline.per_tile import Kept
+from edge_rsvlm.pipeline.runtime import Runtime
 from edge_rsvlm.pipeline.stream import TileBatch, View
 from edge_rsvlm.tasks.encode import encode
 from edge_rsvlm.types import Boxes
@@ -70,9 +70,8 @@ def wanted_labels(query: DetectQuery, task: AnyDetectTask) -> tuple[str, ...]:
     return labels or task.classes
 
 
-def detect(runtime: Runtime, task: AnyDetectTask, view: View, query: DetectQuery, pace: Pace, emit: Emit) -> Outcome:
-    """Emit every object of the view's raster: ``{"label", "score", "box"}``, box x, y, w, h in raster pixels."""
-    outcome = Outcome()
+def detect(runtime: Runtime, task: AnyDetectTask, view: View, query: DetectQuery, emit: Emit) -> SceneBoxes:
+    """Emits every object of the view's raster: ``{"label", "score", "box"}``, box x, y, w, h in raster pixels."""
     labels = wanted_labels(query, task)
     if isinstance(task, DetectTask):
         names, margin_px = task.classes, float(task.stride)
@@ -87,11 +86,7 @@ def detect(runtime: Runtime, task: AnyDetectTask, view: View, query: DetectQuery
     def describe(score: float, label: int) -> dict[str, Any]:
         return {"label": names[label], "score": round(score, 4)}
 
-    mapper = mapper_of(view, outcome)
-    merge_boxes(
-        view, pace, outcome, find, describe, emit, mapper=mapper, nms_iou=task.nms_iou, margin_px=margin_px
-    )  # fmt: skip
-    return outcome
+    return SceneBoxes(view, find, describe, emit, nms_iou=task.nms_iou, margin_px=margin_px)
 
 
 def border_px(task: OpenDetectTask | GenerateTask | GgufTask) -> float:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from edge_rsvlm.config.task_specs import MatchTask
 from edge_rsvlm.geo import box_ring, feature_geometry
 from edge_rsvlm.pipeline.outcome import Outcome
-from edge_rsvlm.pipeline.per_tile import each_tile, mapper_of
-from edge_rsvlm.pipeline.runtime import Pace, Runtime
+from edge_rsvlm.pipeline.per_tile import EachTile, mapper_of
+from edge_rsvlm.pipeline.runtime import Runtime
 from edge_rsvlm.pipeline.stream import Seen, TileBatch, View
 
 EmitVector = Callable[[NDArray[np.float32], dict[str, Any]], None]
@@ -27,8 +27,10 @@ class EmbedOutcome(Outcome):
     mean_D: NDArray[np.float64] | None = None
 
 
-def embed(runtime: Runtime, task: MatchTask, view: View, pace: Pace, emit: EmitVector) -> EmbedOutcome:
-    """Emit the vector of every tile that has a valid pixel."""
+def embed(
+    runtime: Runtime, task: MatchTask, view: View, emit: EmitVector
+) -> EachTile[EmbedOutcome, NDArray[np.float32]]:
+    """Emits the vector of every tile that has a valid pixel."""
     outcome = EmbedOutcome()
     mapper = mapper_of(view, outcome)
     total = 0.0
@@ -44,5 +46,4 @@ def embed(runtime: Runtime, task: MatchTask, view: View, pace: Pace, emit: EmitV
         total += seen.valid_px
         outcome.mean_D = before + (vector_D - before) * (seen.valid_px / total)
 
-    each_tile(view, pace, outcome, vectors, use)
-    return outcome
+    return EachTile(outcome, view.size, vectors, use)

@@ -8,12 +8,12 @@ import numpy as np
 
 from edge_rsvlm.config.task_specs import BoxFormat, GenerateTask, GgufTask, OpenDetectTask
 from edge_rsvlm.errors import BundleError
-from edge_rsvlm.pipeline.boxes import Find, merge_boxes
+from edge_rsvlm.pipeline.boxes import Find, SceneBoxes
 from edge_rsvlm.pipeline.cut import extent_xy
 from edge_rsvlm.pipeline.detect import border_px, by_words
-from edge_rsvlm.pipeline.outcome import Emit, Outcome
-from edge_rsvlm.pipeline.per_tile import Kept, mapper_of
-from edge_rsvlm.pipeline.runtime import Pace, Runtime
+from edge_rsvlm.pipeline.outcome import Emit
+from edge_rsvlm.pipeline.per_tile import Kept
+from edge_rsvlm.pipeline.runtime import Runtime
 from edge_rsvlm.pipeline.stream import TileBatch, View
 from edge_rsvlm.tasks.generate import parse_boxes
 from edge_rsvlm.tiles.prepare import Prepared
@@ -24,13 +24,12 @@ WRITTEN_NMS_IOU = 0.5
 
 
 def ground(
-    runtime: Runtime, task: GenerateTask | GgufTask | OpenDetectTask, view: View, phrase: str, pace: Pace, emit: Emit
-) -> Outcome:
-    """Emit the boxes of ``phrase``: ``{"label", "score", "box"}``, box x, y, w, h in raster pixels.
+    runtime: Runtime, task: GenerateTask | GgufTask | OpenDetectTask, view: View, phrase: str, emit: Emit
+) -> SceneBoxes:
+    """Emits the boxes of ``phrase``: ``{"label", "score", "box"}``, box x, y, w, h in raster pixels.
 
     Boxes that a model wrote have no score: None.
     """
-    outcome = Outcome()
     if isinstance(task, OpenDetectTask):
         find, scored, nms_iou, margin_px = by_words(runtime, task, [phrase], None), True, task.nms_iou, border_px(task)
     else:
@@ -39,9 +38,7 @@ def ground(
     def describe(score: float, _: int) -> dict[str, Any]:
         return {"label": phrase, "score": round(score, 4) if scored else None}
 
-    mapper = mapper_of(view, outcome)
-    merge_boxes(view, pace, outcome, find, describe, emit, mapper=mapper, nms_iou=nms_iou, margin_px=margin_px)
-    return outcome
+    return SceneBoxes(view, find, describe, emit, nms_iou=nms_iou, margin_px=margin_px)
 
 
 def _written(runtime: Runtime, task: GenerateTask | GgufTask, phrase: str) -> Find:

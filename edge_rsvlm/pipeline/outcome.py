@@ -58,6 +58,15 @@ class Outcome:
         valid = self.processed_px + self.unread_px
         return self.processed_px / valid if valid else 1.0
 
+    def take_account(self, seen: Outcome) -> None:
+        """Add what was seen of the input, in a pass that may have served other tasks too."""
+        self.processed_px, self.unread_px = seen.processed_px, seen.unread_px
+        self.skipped_tiles = Counter(seen.skipped_tiles)
+        timing_s = Counter(seen.timing_s)
+        timing_s.update(self.timing_s)
+        self.timing_s = timing_s
+        self.warnings += [warning for warning in seen.warnings if warning not in self.warnings]
+
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
         begun = time.perf_counter()

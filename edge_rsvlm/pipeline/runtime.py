@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload
@@ -32,6 +33,7 @@ from edge_rsvlm.config.task_specs import (
 from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.pipeline.adapters import Factors, read_adapter
 from edge_rsvlm.pipeline.outcome import Deadline, Progress
+from edge_rsvlm.pipeline.sharing import Shared, shared_outputs
 from edge_rsvlm.tasks.answer import Answerer
 from edge_rsvlm.tasks.change import ChangeDetector
 from edge_rsvlm.tasks.decoder import OnnxLanguage, cache_names
@@ -78,13 +80,22 @@ class RoleSession:
     """
 
     def __init__(
-        self, session: InferenceSession, graph: Graph, caches: frozenset[str], factors: Factors | None = None
+        self,
+        session: InferenceSession,
+        graph: Graph,
+        caches: frozenset[str],
+        factors: Factors | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self._session, self._outputs = session, graph.outputs
         self._factors: Factors = {} if factors is None else factors
+        self._shared = Shared() if shared is None else shared
         self._inputs = graph.inputs | {name: name for name in caches}
 
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        return self._shared.run(self._run, inputs, outputs)
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
         fed = {self._inputs[role]: value for role, value in inputs.items() if role in self._inputs}
         return self._session.run(fed | self._factors, [self._outputs.get(role, role) for role in outputs])
 
@@ -96,6 +107,7 @@ class Runtime:
         self.bundle, self._engine = bundle, engine
         self._made: dict[Hashable, Any] = {}
         self._factors: dict[str, Factors] = {graph: {} for graph in bundle.manifest.graphs}
+        self._shared = {graph: Shared() for graph in bundle.manifest.graphs}
 
     @property
     def manifest(self) -> Manifest:
@@ -120,7 +132,19 @@ class Runtime:
     def _open(self, name: str) -> InferenceSession:
         graph = self.manifest.graphs[name]
         session, caches = self._engine.open(self.bundle.path(graph.file)), _caches(self.manifest.tasks, name)
-        return RoleSession(session, graph, caches, self._factors[name])
+        return RoleSession(session, graph, caches, self._factors[name], self._shared[name])
+
+    @contextmanager
+    def sharing(self, tasks: Sequence[AnyTask]) -> Iterator[None]:
+        """Within, an encoder that several of ``tasks`` use runs once on tiles that they look at in turn."""
+        kept = shared_outputs(tasks)
+        for encoder, outputs in kept.items():
+            self._shared[encoder].keep(outputs)
+        try:
+            yield
+        finally:
+            for encoder in kept:
+                self._shared[encoder].keep(())
 
     def _once(self, key: Hashable, make: Callable[[], T]) -> T:
         if key not in self._made:

@@ -15,10 +15,9 @@ from edge_rsvlm.pipeline.change import MaskRows
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.per_tile import Kept, mapper_of
 from edge_rsvlm.pipeline.polygons import STRIP_PIXELS, RegionRecords, strips
-from edge_rsvlm.pipeline.runtime import Pace, Runtime
-from edge_rsvlm.pipeline.stream import TileBatch, View, scene_batches
-from edge_rsvlm.tasks.encode import encode
-from edge_rsvlm.tasks.segment import Segmenter
+from edge_rsvlm.pipeline.runtime import Runtime
+from edge_rsvlm.pipeline.stream import TileBatch, View
+from edge_rsvlm.tasks.encode import Features, encode
 
 MOST_LABELS = 64
 """Bounds what the scores of one tile take."""
@@ -33,76 +32,76 @@ class SegmentOutcome(Outcome):
     labels: Shares = field(default_factory=list)
 
 
-def segment(
-    runtime: Runtime,
-    task: SegmentTask,
-    view: View,
-    labels: Sequence[str],
-    pace: Pace,
-    emit: Emit,
-    mask_rows: MaskRows | None = None,
-) -> SegmentOutcome:
-    """Emit ``{"label", "score", "area_m2", "area_px", "polygon"}`` per region of one label.
+class Segments:
+    """A consumer that emits ``{"label", "score", "area_m2", "area_px", "polygon"}`` per region of one label.
 
     A region's score is the mean over its pixels, its polygon is in raster pixels. Rows of the mask are 0 where there is
     no label, or nothing valid, and k for the k-th of ``labels``. UsageError for more labels than MOST_LABELS.
     """
-    if len(labels) > MOST_LABELS:
-        raise UsageError(f"{len(labels)} labels, and a mask takes {MOST_LABELS}", fix="ask for some of them at a time")
-    outcome = SegmentOutcome(warnings=[EXPERIMENTAL] if task.experimental else [])
-    canvas = Canvas(*view.size, planes=2)
-    mapper, smallest = mapper_of(view, outcome), (task.min_area_px, task.min_area_m2)
-    regions = RegionRecords(view.size[0], smallest, mapper, emit, lambda value: {"label": labels[value - 1]})
-    pixels_K = np.zeros(len(labels) + 1, np.int64)
 
-    def finish_rows(until: float) -> None:
-        for first, (value_HW, levels_HW) in strips(*canvas.take(until)):
+    def __init__(
+        self,
+        runtime: Runtime,
+        task: SegmentTask,
+        view: View,
+        labels: Sequence[str],
+        emit: Emit,
+        mask_rows: MaskRows | None = None,
+    ) -> None:
+        if len(labels) > MOST_LABELS:
+            problem = f"{len(labels)} labels, and a mask takes {MOST_LABELS}"
+            raise UsageError(problem, fix="ask for some of them at a time")
+        self.outcome = SegmentOutcome(warnings=[EXPERIMENTAL] if task.experimental else [])
+        self._runtime, self._task, self._view, self._labels = runtime, task, view, labels
+        self._mask_rows = mask_rows
+        self._canvas = Canvas(*view.size, planes=2)
+        self._regions = RegionRecords(
+            view.size[0],
+            (task.min_area_px, task.min_area_m2),
+            mapper_of(view, self.outcome),
+            emit,
+            lambda value: {"label": labels[value - 1]},
+        )
+        self._pixels_K = np.zeros(len(labels) + 1, np.int64)
+
+    def feed(self, tiles: TileBatch) -> None:
+        kept = np.flatnonzero(tiles.valid_fraction_N > 0)
+        if len(kept):
+            with self.outcome.clock("engine"):
+                segmenter = self._runtime.segmenter(self._task, self._labels)
+                embeddings_NDhw = segmenter.embeddings(self._features(tiles, kept))
+            with self.outcome.clock("merge"):
+                for n, embeddings_Dhw in zip(kept, embeddings_NDhw, strict=True):
+                    self._paint(tiles, int(n), segmenter.scores(embeddings_Dhw))
+        with self.outcome.clock("merge"):
+            self._finish_rows(np.floor(tiles.frontier_row))
+
+    def finish(self) -> None:
+        with self.outcome.clock("merge"):
+            self._finish_rows(self._view.size[1])
+            self._regions.finish()
+        self.outcome.labels = _shares(self._labels, self._pixels_K)
+
+    def _features(self, tiles: TileBatch, kept: Kept) -> Features:
+        encoder = self._runtime.open(self._task.encoder)
+        return encode(encoder, tiles.dates[0].pixels_NCHW(kept), self._task.encoder_outputs)
+
+    def _paint(self, tiles: TileBatch, n: int, scores_Khw: NDArray[np.float32]) -> None:
+        """Put onto the canvas the best label and its score of the raster pixels whose centres tile ``n`` owns."""
+        for part in owned_parts(tiles, n, self._view, self._task.stride, STRIP_PIXELS // len(scores_Khw)):
+            scores_KHW = sample(scores_Khw, part.x_W, part.y_H)
+            best_HW, score_HW = scores_KHW.argmax(axis=0), scores_KHW.max(axis=0)
+            value_HW = np.where(score_HW >= self._task.threshold, best_HW + 1, 0).astype(np.uint8)
+            self._canvas.paint(part.col, part.row, np.stack([value_HW, levels(score_HW)]), part.valid_HW)
+
+    def _finish_rows(self, until: float) -> None:
+        for first, (value_HW, levels_HW) in strips(*self._canvas.take(until)):
             known = value_HW != UNKNOWN
             mask_HW = np.where(known, value_HW, np.uint8(0))
-            pixels_K[:] += np.bincount(value_HW[known], minlength=len(pixels_K))
-            regions.feed(first, mask_HW, levels_HW)
-            if mask_rows:
-                mask_rows(first, mask_HW)
-
-    with scene_batches(view, pace, outcome) as source:
-        for tiles in source:
-            kept = np.flatnonzero(tiles.valid_fraction_N > 0)
-            if len(kept):
-                with outcome.clock("engine"):
-                    segmenter = runtime.segmenter(task, labels)
-                    embeddings_NDhw = segmenter.embeddings(_features(runtime, task, tiles, kept))
-                with outcome.clock("merge"):
-                    for n, embeddings_Dhw in zip(kept, embeddings_NDhw, strict=True):
-                        _paint(canvas, segmenter, task, tiles, int(n), embeddings_Dhw, view)
-            with outcome.clock("merge"):
-                finish_rows(np.floor(tiles.frontier_row))
-    with outcome.clock("merge"):
-        finish_rows(view.size[1])
-        regions.finish()
-    outcome.labels = _shares(labels, pixels_K)
-    return outcome
-
-
-def _features(runtime: Runtime, task: SegmentTask, tiles: TileBatch, kept: Kept) -> dict[str, NDArray[np.float32]]:
-    return encode(runtime.open(task.encoder), tiles.dates[0].pixels_NCHW(kept), task.encoder_outputs)
-
-
-def _paint(
-    canvas: Canvas,
-    segmenter: Segmenter,
-    task: SegmentTask,
-    tiles: TileBatch,
-    n: int,
-    embeddings_Dhw: NDArray[np.float32],
-    view: View,
-) -> None:
-    """Put onto the canvas the best label and its score of the raster pixels whose centres tile ``n`` owns."""
-    scores_Khw = segmenter.scores(embeddings_Dhw)
-    for part in owned_parts(tiles, n, view, task.stride, STRIP_PIXELS // len(scores_Khw)):
-        scores_KHW = sample(scores_Khw, part.x_W, part.y_H)
-        best_HW, score_HW = scores_KHW.argmax(axis=0), scores_KHW.max(axis=0)
-        value_HW = np.where(score_HW >= task.threshold, best_HW + 1, 0).astype(np.uint8)
-        canvas.paint(part.col, part.row, np.stack([value_HW, levels(score_HW)]), part.valid_HW)
+            self._pixels_K += np.bincount(value_HW[known], minlength=len(self._pixels_K))
+            self._regions.feed(first, mask_HW, levels_HW)
+            if self._mask_rows:
+                self._mask_rows(first, mask_HW)
 
 
 def _shares(labels: Sequence[str], pixels_K: NDArray[np.int64]) -> Shares:

@@ -6,40 +6,46 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.budget import Demand, MemoryPlan, plan_memory, process_bytes
+from edge_rsvlm.budget import Demand, MemoryPlan, joined, plan_memory, process_bytes
 from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.task_specs import AnswerTask, Tasks
 from edge_rsvlm.errors import InputError
 from edge_rsvlm.pipeline.adapters import adapter_bytes, adapter_of
-from edge_rsvlm.pipeline.ask import AskOutcome, ask, ask_features, read_features
-from edge_rsvlm.pipeline.caption import CaptionOutcome, caption
+from edge_rsvlm.pipeline.ask import AskOutcome, ask_features, read_features
+from edge_rsvlm.pipeline.caption import CaptionOutcome
 from edge_rsvlm.pipeline.change import ChangeOutcome, MaskRows, change
-from edge_rsvlm.pipeline.classify import ClassifyOutcome, classify
-from edge_rsvlm.pipeline.detect import DetectQuery, detect
-from edge_rsvlm.pipeline.embed import EmbedOutcome, EmitVector, embed
+from edge_rsvlm.pipeline.classify import ClassifyOutcome
+from edge_rsvlm.pipeline.consume import run_over
+from edge_rsvlm.pipeline.detect import DetectQuery
+from edge_rsvlm.pipeline.embed import EmbedOutcome, EmitVector
 from edge_rsvlm.pipeline.examples import Box, embed_examples, example_task
-from edge_rsvlm.pipeline.ground import ground
 from edge_rsvlm.pipeline.outcome import Deadline, Emit, Outcome, Progress
+from edge_rsvlm.pipeline.requests import (
+    Request,
+    asking,
+    captioning,
+    classifying,
+    detecting,
+    embedding,
+    grounding,
+    segmenting,
+)
 from edge_rsvlm.pipeline.runtime import (
     EngineFactory,
     Pace,
     Runtime,
     ask_task,
-    caption_task,
     change_task,
-    classify_task,
     cpu_engine,
-    detect_task,
-    ground_task,
     search_task,
-    segment_task,
     task_of,
 )
-from edge_rsvlm.pipeline.segment import SegmentOutcome, segment
+from edge_rsvlm.pipeline.segment import SegmentOutcome
 from edge_rsvlm.pipeline.stream import View, scene_batches
 from edge_rsvlm.pipeline.views import demand, image_view, scene_view
 from edge_rsvlm.pipeline.vocabulary import check_texts
@@ -48,6 +54,8 @@ from edge_rsvlm.raster.reader import Raster, open_raster
 from edge_rsvlm.tasks.generate import Sampling
 from edge_rsvlm.tiles.prepare import Prepared
 from edge_rsvlm.types import Georeference
+
+O = TypeVar("O", bound=Outcome)  # noqa: E741 - an outcome
 
 
 @dataclass(frozen=True)
@@ -88,14 +96,14 @@ class Session:
             task_of(self.bundle.manifest, verb)
 
     @contextmanager
-    def _pace(self, needs: Demand, progress: Progress | None = None) -> Iterator[tuple[Runtime, Pace]]:
-        plan = self.admit(needs)
+    def _pace(self, *needs: Demand, progress: Progress | None = None) -> Iterator[tuple[Runtime, Pace]]:
+        plan = self.admit(joined(needs))
         if self._runtime is None:
             others = plan.total_bytes - plan.engine_bytes
             arena = max(self.limits.memory_bytes - others, plan.engine_bytes)
             self._runtime = Runtime(self.bundle, self.engine_factory(self.limits.threads, arena))
             self._runtime.switch(self.adapter)
-        self._opened[needs.task] = needs.memory.session_bytes
+        self._opened |= {each.task: each.memory.session_bytes for each in needs}
         deadline = Deadline(self.limits.deadline_s, started=self.started)
         try:
             yield self._runtime, Pace(plan, self.limits.threads, deadline, progress)
@@ -103,8 +111,8 @@ class Session:
             self.started = time.monotonic()
 
     def admit(self, needs: Demand) -> MemoryPlan:
-        """The plan for one task beside those whose sessions are open; BudgetError when it does not fit."""
-        opened = sum(size for verb, size in self._opened.items() if verb != needs.task)
+        """The plan for tasks beside others whose sessions are open; BudgetError when it does not fit."""
+        opened = sum(size for verb, size in self._opened.items() if verb not in needs.verbs)
         needs = replace(needs, adapter_bytes=adapter_bytes(self.bundle.manifest, self.adapter))
         return plan_memory([needs], limit_bytes=self.limits.memory_bytes, base_bytes=self._base_bytes + opened)
 
@@ -124,31 +132,40 @@ class Session:
         view = scene_view((before, after), task.input, self.limits.resolution_m)
         return view, demand("change", task, view)
 
-    @contextmanager
-    def _seeing(
-        self, verb: str, path: str, progress: Progress | None, sampling: Sampling | None = None
-    ) -> Iterator[tuple[Runtime, View, Pace]]:
-        with open_raster(path) as raster:
-            view, needs = self.demand(verb, raster, sampling)
-            with self._pace(needs, progress) as (runtime, pace):
-                yield runtime, view, pace
-
     def seen(self, verb: str, path: str, most: int) -> tuple[Runtime, list[Prepared]]:
         """The first ``most`` valid tiles of an image as the model sees them, and what runs it."""
         found: list[Prepared] = []
-        with self._seeing(verb, path, None) as (runtime, view, pace), scene_batches(view, pace, Outcome()) as source:
-            for tiles in source:
-                kept = np.flatnonzero(tiles.valid_fraction_N > 0)
-                found += tiles.dates[0].chosen(kept) if len(kept) else []
-                if len(found) >= most:
-                    break
-            return runtime, found[:most]
+        with open_raster(path) as raster:
+            view, needs = self.demand(verb, raster)
+            with self._pace(needs) as (runtime, pace), scene_batches(view, pace, Outcome()) as source:
+                for tiles in source:
+                    kept = np.flatnonzero(tiles.valid_fraction_N > 0)
+                    found += tiles.dates[0].chosen(kept) if len(kept) else []
+                    if len(found) >= most:
+                        break
+                return runtime, found[:most]
+
+    def together(self, path: str, requests: Sequence[Request[Any]], progress: Progress | None = None) -> list[Any]:
+        """The outcomes of requests for one image whose tasks have one input spec: its tiles are read once.
+
+        An encoder that several tasks share runs once on each tile.
+        """
+        tasks = [task_of(self.bundle.manifest, request.verb) for request in requests]
+        with open_raster(path) as raster:
+            looks = [self.demand(request.verb, raster, request.sampling) for request in requests]
+            view = looks[0][0]
+            with self._pace(*(needs for _, needs in looks), progress=progress) as (runtime, pace):
+                consumers = [request.start(runtime, view) for request in requests]
+                with runtime.sharing(tasks):
+                    run_over(view, pace, consumers)
+                return [consumer.outcome for consumer in consumers]
+
+    def _alone(self, path: str, request: Request[O], progress: Progress | None) -> O:
+        outcome: O = self.together(path, [request], progress)[0]
+        return outcome
 
     def detect(self, path: str, query: DetectQuery, emit: Emit, progress: Progress | None = None) -> Outcome:
-        task = detect_task(self.bundle.manifest)
-        check_texts(self.bundle, "detect", query.labels)
-        with self._seeing("detect", path, progress) as (runtime, view, pace):
-            return detect(runtime, task, view, query, pace, emit)
+        return self._alone(path, detecting(self.bundle, query, emit), progress)
 
     def examples(self, path: str, boxes: Sequence[Box]) -> tuple[NDArray[np.float32], list[str]]:
         """Unit vectors [N, D] of what boxes of an image show, for a DetectQuery, and what the user should know.
@@ -164,17 +181,12 @@ class Session:
         return found
 
     def ground(self, path: str, phrase: str, emit: Emit, progress: Progress | None = None) -> Outcome:
-        task = ground_task(self.bundle.manifest)
-        check_texts(self.bundle, "ground", [phrase])
-        with self._seeing("ground", path, progress) as (runtime, view, pace):
-            return ground(runtime, task, view, phrase, pace, emit)
+        return self._alone(path, grounding(self.bundle, phrase, emit), progress)
 
     def caption(
         self, path: str, emit: Emit, progress: Progress | None = None, sampling: Sampling | None = None
     ) -> CaptionOutcome:
-        task = caption_task(self.bundle.manifest)
-        with self._seeing("caption", path, progress, sampling) as (runtime, view, pace):
-            return caption(runtime, task, view, sampling, pace, emit)
+        return self._alone(path, captioning(self.bundle, sampling, emit), progress)
 
     def ask(
         self,
@@ -184,22 +196,17 @@ class Session:
         progress: Progress | None = None,
         sampling: Sampling | None = None,
     ) -> AskOutcome:
-        task = ask_task(self.bundle.manifest)
-        check_texts(self.bundle, "ask", [question])
+        task, request = ask_task(self.bundle.manifest), asking(self.bundle, question, sampling, emit)
         if isinstance(task, AnswerTask) and task.input is None:
             features_RD = read_features(path)
             with self._pace(features_demand(task, features_RD.nbytes)) as (runtime, _):
                 return ask_features(runtime, task, features_RD, question, emit)
-        with self._seeing("ask", path, progress, sampling) as (runtime, view, pace):
-            return ask(runtime, task, view, question, sampling, pace, emit)
+        return self._alone(path, request, progress)
 
     def classify(
         self, path: str, labels: Sequence[str], emit: Emit, progress: Progress | None = None
     ) -> ClassifyOutcome:
-        task = classify_task(self.bundle.manifest)
-        check_texts(self.bundle, "classify", labels)
-        with self._seeing("classify", path, progress) as (runtime, view, pace):
-            return classify(runtime, task, view, labels, pace, emit)
+        return self._alone(path, classifying(self.bundle, labels, emit), progress)
 
     def segment(
         self,
@@ -209,16 +216,11 @@ class Session:
         mask_rows: MaskRows | None = None,
         progress: Progress | None = None,
     ) -> SegmentOutcome:
-        task = segment_task(self.bundle.manifest)
-        check_texts(self.bundle, "segment", labels)
-        with self._seeing("segment", path, progress) as (runtime, view, pace):
-            return segment(runtime, task, view, labels, pace, emit, mask_rows)
+        return self._alone(path, segmenting(self.bundle, labels, emit, mask_rows), progress)
 
     def embed(self, path: str, emit: EmitVector, progress: Progress | None = None) -> EmbedOutcome:
         """Vectors of an image's tiles."""
-        task = search_task(self.bundle.manifest)
-        with self._seeing("search", path, progress) as (runtime, view, pace):
-            return embed(runtime, task, view, pace, emit)
+        return self._alone(path, embedding(self.bundle, emit), progress)
 
     def embed_text(self, text: str) -> NDArray[np.float32]:
         """The unit vector [D] of a text."""
@@ -234,7 +236,7 @@ class Session:
         task = change_task(self.bundle.manifest)
         with open_raster(after) as later, open_aligned(before, later) as earlier:
             view, needs = self.change_demand(earlier, later)
-            with self._pace(needs, progress) as (runtime, pace):
+            with self._pace(needs, progress=progress) as (runtime, pace):
                 return change(runtime, task, view, pace, emit, mask_rows)
 
 
