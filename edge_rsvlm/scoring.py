@@ -29,6 +29,7 @@ AP_RESAMPLES = 200
 UNKNOWN = 255
 RECALLS = np.linspace(0.0, 1.0, 101)
 RATES = ("precision", "recall", "F1")
+RANKS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -275,14 +276,49 @@ def words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def accuracy_score(right_I: NDArray[np.int64], asked_I: NDArray[np.int64], label: str | None = None) -> Score:
+def accuracy_score(
+    right_I: NDArray[np.int64], asked_I: NDArray[np.int64], label: str | None = None, *, metric: str = "accuracy"
+) -> Score:
     """Share of questions answered right, pooled over images, which are resampled with all their questions."""
     images = int((asked_I > 0).sum())
     draws = resamples(len(asked_I), RESAMPLES)
     right_R, asked_R = draws @ right_I, draws @ asked_I
     sampled_R = np.divide(right_R, asked_R, out=np.full(len(draws), np.nan), where=asked_R > 0)
     value = float(right_I.sum() / asked_I.sum()) if asked_I.any() else 0.0
-    return _score("accuracy", value, sampled_R, images, label)
+    return _score(metric, value, sampled_R, images, label)
+
+
+def recall_scores(cosine_IT: F64, owner_T: NDArray[np.int64]) -> list[Score]:
+    """Recall at RANKS in percent: of images that find one of their texts, of texts that find their image, and the mean.
+
+    Equal values are ranked in a random order that is always the same. Images are resampled with their texts, among all
+    others as they are.
+    """
+    images, texts = cosine_IT.shape
+    rng = np.random.default_rng(SEED)
+    own_IT = owner_T[None] == np.arange(images)[:, None]
+    text_rank_IT = _ranks(cosine_IT, rng.permutation(texts))
+    image_rank_TI = _ranks(np.ascontiguousarray(cosine_IT.T), rng.permutation(images))
+    best_I = np.where(own_IT, text_rank_IT, texts).min(axis=1)
+    own_rank_T = image_rank_TI[np.arange(texts), owner_T]
+    draws_RI = np.vstack([np.ones(images, np.int64), resamples(images, RESAMPLES)])
+    count_I = np.bincount(owner_T, minlength=images)
+    rows: dict[str, F64] = {}
+    for k in RANKS:
+        rows[f"image to text R@{k}"] = 100 * (draws_RI @ (best_I < k)) / images
+    for k in RANKS:
+        hits_I = np.bincount(owner_T, weights=own_rank_T < k, minlength=images)
+        rows[f"text to image R@{k}"] = 100 * (draws_RI @ hits_I) / (draws_RI @ count_I)
+    rows["mean recall"] = np.mean(list(rows.values()), axis=0)
+    return [_score(name, float(values_R[0]), values_R[1:], images) for name, values_R in rows.items()]
+
+
+def _ranks(values_NM: F64, ties_M: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many of a row are ahead of each value [N, M]: larger ones, and equal ones that come first in ``ties_M``."""
+    order_NM = np.lexsort((np.broadcast_to(ties_M, values_NM.shape), -values_NM), axis=1)
+    ranks_NM = np.empty(values_NM.shape, np.int64)
+    np.put_along_axis(ranks_NM, order_NM, np.broadcast_to(np.arange(values_NM.shape[1]), values_NM.shape), axis=1)
+    return ranks_NM
 
 
 def balanced_scores(counts_I4: NDArray[np.int64], label: str | None = None) -> list[Score]:

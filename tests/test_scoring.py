@@ -156,3 +156,21 @@ def test_a_missing_library_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(UsageError, match=r"pip install 'edge-rsvlm\[eval\]'"):
         scoring.detection_libraries()
+
+
+def test_recall_counts_images_that_find_their_texts_and_texts_that_find_their_image():
+    owner = np.array([0, 0, 1, 1, 2, 2])
+    cosine = np.array([[0.9, 0.1, 0.8, 0.2, 0.0, 0.0], [0.0, 0.3, 0.7, 0.9, 0.1, 0.2], [0.5, 0.6, 0.4, 0.1, 0.3, 0.2]])
+    values = {score.metric: score.value for score in scoring.recall_scores(cosine, owner)}
+    assert values["image to text R@1"] == pytest.approx(100 * 2 / 3)
+    assert values["image to text R@5"] == 100
+    # Texts 0 and 3 rank their image first, 4 and 5 as well as their rivals allow, 1 is third and 2 second.
+    assert values["text to image R@1"] == pytest.approx(100 * np.mean([1, 0, 0, 1, 1, 0.5]), abs=9)
+    assert values["text to image R@5"] == values["text to image R@10"] == 100
+    assert values["mean recall"] == pytest.approx(np.mean([v for name, v in values.items() if name != "mean recall"]))
+
+
+def test_a_caption_of_two_images_counts_for_its_own_only():
+    cosine = np.tile([[1.0, 1.0]], (2, 1))
+    values = {score.metric: score.value for score in scoring.recall_scores(cosine, np.array([0, 1]))}
+    assert values["image to text R@1"] == 50 and values["text to image R@1"] == 50

@@ -231,9 +231,10 @@ def test_what_is_said_of_several_images_is_true_of_all_of_them(tokenizer):
     from edge_rsvlm.export.default.stages.match import DEFAULTS, BatchMaker
 
     scenes = [
-        Scene("ucm", "a", "river", ("water", "trees"), ("a river",)), Scene("ucm", "b", "river", ("water",), ("a river",)),
+        Scene("ucm", "a", "river", ("water", "trees"), ("a river",)),
+        Scene("ucm", "b", "river", ("water",), ("a river",)),
         Scene("rsicd", "c", "River", (), ("a long river",)),
-    ]  # fmt: skip
+    ]
     parts = tuple(SimpleNamespace(scenes=SimpleNamespace(scenes=some)) for some in (scenes[:2], scenes[2:]))
     maker = BatchMaker(SimpleNamespace(parts=parts, tokenizer=tokenizer), DEFAULTS, np.random.default_rng(0))
     holds = maker._holds([(0, 0), (0, 1), (1, 0)], [("caption", "a river"), ("label", "trees"), ("class", "river")])

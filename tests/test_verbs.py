@@ -11,6 +11,8 @@ from edge_rsvlm.bundle import load_bundle
 from edge_rsvlm.config.inputs import InputSpec
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.evaluate import evaluate_ask, evaluate_classify, evaluate_detect
+from edge_rsvlm.evaluate.ground import all_found, evaluate_ground
+from edge_rsvlm.evaluate.search import evaluate_search
 from edge_rsvlm.pipeline.ask import Votes
 from edge_rsvlm.pipeline.session import Limits, Session
 from edge_rsvlm.pipeline.shapes import prepared_shape
@@ -309,6 +311,37 @@ def test_classes_are_scored(bundle, images, tmp_path):
     labels.write_text('{"image": "0.png", "label": 3}')
     with pytest.raises(UsageError, match="line 1"):
         evaluate_classify(session(bundle), labels, str(images), None, None)
+
+
+def test_boxes_of_phrases_are_scored(bundle, images, tmp_path):
+    boxes = []
+    session(bundle).ground(str(images / "1.png"), "square", lambda record, _: boxes.append(record["box"]))
+    right, wrong = boxes[0], [1.0, 1.0, 3.0, 3.0]
+    labels = tmp_path / "p.jsonl"
+    rows = [{"phrase": "square", "boxes": [right]}, {"phrase": "square", "boxes": [wrong]}]
+    labels.write_text(json.dumps({"image": "1.png", "phrases": rows}))
+    (score,) = evaluate_ground(session(bundle), labels, str(images), None, None).scores
+    assert (score.metric, score.value) == ("Pr@0.5", 0.5)
+    for broken in ([], [{"phrase": "a", "boxes": []}], [{"phrase": "a", "boxes": [[1, 2, 3]]}], [{"boxes": [right]}]):
+        labels.write_text(json.dumps({"image": "1.png", "phrases": broken}))
+        with pytest.raises(UsageError, match="line 1"):
+            evaluate_ground(session(bundle), labels, str(images), None, None)
+
+
+def test_several_boxes_of_a_phrase_are_met_one_to_one():
+    one, other = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 10.0, 10.0)
+    shifted = (2.0, 0.0, 10.0, 10.0)
+    assert all_found([one, other], [other, shifted]) and all_found([one, other], [one])
+    assert not all_found([one, shifted], [one, other]) and not all_found([one], [one, other])
+    assert not all_found([(6.0, 0.0, 10.0, 10.0)], [one]) and not all_found([(0.0, 0.0, 0.0, 0.0)], [one])
+
+
+def test_retrieval_is_scored_both_ways(bundle, images, tmp_path):
+    labels = tmp_path / "c.jsonl"
+    rows = {"0.png": ["dark"], "2.png": ["bright", "bright"]}
+    labels.write_text("".join(json.dumps({"image": i, "captions": c}) + "\n" for i, c in rows.items()))
+    values = {s.metric: s.value for s in evaluate_search(session(bundle), labels, str(images), None, None).scores}
+    assert values["image to text R@1"] == values["text to image R@1"] == values["mean recall"] == 100
 
 
 def test_any_words_are_scored_by_the_names_of_the_labels(bundle, tmp_path, needs):

@@ -143,6 +143,52 @@ def ask(
     _report(found, str(questions), session.bundle, as_json)
 
 
+@command.command("ground")
+@click.argument("phrases", type=click.Path(path_type=Path))
+@images_option
+@only_option
+@plan_options
+@json_option
+def ground(
+    phrases: Path, images: str, only: Path | None, as_json: bool, bundle: Path | None, allow_unsigned: bool,
+    **limits: Any,
+) -> None:  # fmt: skip
+    """Pr@0.5: share of phrases whose boxes are found at an IoU of 0.5.
+
+    PHRASES has a line {"image": "name", "phrases": [{"phrase": "...", "boxes": [[x, y, width, height], ...]}, ...]} per
+    image. Of the answered boxes, the first count, as many as the phrase means.
+    """
+    from edge_rsvlm.evaluate.ground import evaluate_ground
+
+    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("ground",))
+    with progress_bar(phrases.name, "images") as progress:
+        found = evaluate_ground(session, phrases, images, only, progress)
+    _report(found, str(phrases), session.bundle, as_json)
+
+
+@command.command("search")
+@click.argument("captions", type=click.Path(path_type=Path))
+@images_option
+@only_option
+@plan_options
+@json_option
+def search(
+    captions: Path, images: str, only: Path | None, as_json: bool, bundle: Path | None, allow_unsigned: bool,
+    **limits: Any,
+) -> None:  # fmt: skip
+    """Recall at 1, 5 and 10 between images and captions, both ways, and their mean, in percent.
+
+    CAPTIONS has a line {"image": "name", "captions": ["...", ...]} per image. A caption that another image has too
+    counts as a miss there.
+    """
+    from edge_rsvlm.evaluate.search import evaluate_search
+
+    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("search",))
+    with progress_bar(captions.name, "images") as progress:
+        found = evaluate_search(session, captions, images, only, progress)
+    _report(found, str(captions), session.bundle, as_json)
+
+
 @command.command("classify")
 @click.argument("labels", type=click.Path(path_type=Path))
 @images_option

@@ -19,6 +19,15 @@ class Question(NamedTuple):
     type: str | None
 
 
+Box = tuple[float, float, float, float]
+"""x, y, width, height in pixels."""
+
+
+class Phrase(NamedTuple):
+    phrase: str
+    boxes: tuple[Box, ...]
+
+
 def chosen(known: Sequence[str], only: Path | None, where: Path) -> list[str]:
     """All names, or those that a file lists, one a line; UsageError for one that is not there."""
     if only is None:
@@ -147,6 +156,26 @@ def read_questions(path: Path) -> dict[str, list[Question]]:
             raise UsageError(f"{where}: '{name}' has no question", fix="remove the line or ask something")
         asked.setdefault(name, []).extend(found)
     return asked
+
+
+def read_phrases(path: Path) -> dict[str, list[Phrase]]:
+    """Phrases by image name; lines of one image add up."""
+    example = '{"image": "a.tif", "phrases": [{"phrase": "the largest airplane", "boxes": [[12, 30, 40, 38]]}]}'
+    phrases: dict[str, list[Phrase]] = {}
+    for name, record, where in _lines(path, example):
+        try:
+            found = [Phrase(str(p["phrase"]), tuple(_box(box) for box in p["boxes"])) for p in record["phrases"]]
+        except (TypeError, KeyError, ValueError, AttributeError) as exc:
+            raise UsageError(f"{where}: '{name}' has no list of phrases ({exc!r})", fix=f"write {example}") from exc
+        if not found or not all(p.boxes for p in found):
+            raise UsageError(f"{where}: '{name}' has a phrase without a box, or none", fix=f"write {example}")
+        phrases.setdefault(name, []).extend(found)
+    return phrases
+
+
+def _box(given: Sequence[float]) -> Box:
+    x, y, width, height = (float(value) for value in given)
+    return x, y, width, height
 
 
 def read_points(path: Path, label: str) -> dict[str, list[tuple[float, float]]]:
