@@ -37,6 +37,7 @@ def command(
     weighted by the score of its answer where the model gives one. A model that answers from features of regions takes
     them as .npy files of float32 [regions, size].
     """
+    from edge_rsvlm.cli import orders
     from edge_rsvlm.cli.deliver import Delivery
     from edge_rsvlm.raster.inputs import list_inputs
 
@@ -46,5 +47,5 @@ def command(
     outputs = Outputs(output, len(sources), ".geojson")
     delivery = Delivery(session, code, sys.stdout if as_json else None)
     for source in sources:
-        delivery.ask(source, question, outputs.path(source.name), sampling)
+        delivery.deliver(orders.ask(session, source, question, outputs.path(source.name), sampling))
     code.leave()

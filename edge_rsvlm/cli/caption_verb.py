@@ -34,6 +34,7 @@ def command(
 
     A scene larger than a tile also gets a sentence per tile, and a summary of them leads.
     """
+    from edge_rsvlm.cli import orders
     from edge_rsvlm.cli.deliver import Delivery
     from edge_rsvlm.raster.inputs import list_inputs
 
@@ -43,5 +44,5 @@ def command(
     outputs = Outputs(output, len(sources), ".geojson")
     delivery = Delivery(session, code, sys.stdout if as_json else None)
     for source in sources:
-        delivery.caption(source, outputs.path(source.name), sampling)
+        delivery.deliver(orders.caption(session, source, outputs.path(source.name), sampling))
     code.leave()

@@ -27,6 +27,7 @@ def command(
     BEFORE and AFTER are two images, or two folders, globs or .tar archives whose images pair up by name. BEFORE is
     warped onto AFTER's grid where they differ.
     """
+    from edge_rsvlm.cli import orders
     from edge_rsvlm.cli.deliver import Delivery
     from edge_rsvlm.cli.pairs import list_pairs
 
@@ -35,5 +36,5 @@ def command(
     outputs, masks = Outputs(output, len(pairs), ".geojson"), Outputs(mask, len(pairs), ".tif")
     delivery = Delivery(session, code, sys.stdout if as_json else None)
     for earlier, later in pairs:
-        delivery.change(earlier, later, outputs.path(later.name), masks.path(later.name))
+        delivery.deliver(orders.change(session, earlier, later, outputs.path(later.name), masks.path(later.name)))
     code.leave()

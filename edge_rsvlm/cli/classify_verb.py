@@ -31,6 +31,7 @@ def command(
 
     A scene larger than a tile gets scores per tile, and their mean weighted by valid area.
     """
+    from edge_rsvlm.cli import orders
     from edge_rsvlm.cli.deliver import Delivery
     from edge_rsvlm.raster.inputs import list_inputs
 
@@ -40,5 +41,5 @@ def command(
     outputs = Outputs(output, len(sources), ".geojson")
     delivery = Delivery(session, code, sys.stdout if as_json else None)
     for source in sources:
-        delivery.classify(source, wanted, outputs.path(source.name))
+        delivery.deliver(orders.classify(session, source, wanted, outputs.path(source.name)))
     code.leave()

@@ -49,6 +49,7 @@ def _run(session: Session, code: ExitCode, scene: Scene, output: Path) -> dict[s
     import io
     import json
 
+    from edge_rsvlm.cli import orders
     from edge_rsvlm.cli.deliver import Delivery
     from edge_rsvlm.config.task_specs import OpenDetectTask
     from edge_rsvlm.demonstrate import TaskResult, summary
@@ -66,13 +67,13 @@ def _run(session: Session, code: ExitCode, scene: Scene, output: Path) -> dict[s
         assert geojson is not None
         files: tuple[Path, ...] = (geojson,)
         if task == "caption":
-            delivery.caption(image, geojson)
+            delivery.deliver(orders.caption(session, image, geojson))
         elif task == "detect":
-            delivery.detect(image, DetectQuery(), geojson)
+            delivery.deliver(orders.detect(session, image, DetectQuery(), geojson))
         else:
             assert scene.before is not None
             files = (geojson, geojson.with_suffix(".tif"))
-            delivery.change(Source(scene.before, scene.before_path), image, *files)
+            delivery.deliver(orders.change(session, Source(scene.before, scene.before_path), image, *files))
         if lines.getvalue():
             found[task] = TaskResult(json.loads(lines.getvalue()), files)
             click.echo(f"{scene.name}: {task}: {summary(task, found[task].record)}")

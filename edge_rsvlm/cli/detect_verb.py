@@ -35,6 +35,7 @@ def command(
 
     What was found by examples has the label "like".
     """
+    from edge_rsvlm.cli import orders
     from edge_rsvlm.cli.deliver import Delivery
     from edge_rsvlm.raster.inputs import list_inputs
 
@@ -44,5 +45,5 @@ def command(
     outputs = Outputs(output, len(sources), ".geojson")
     delivery = Delivery(session, code, sys.stdout if as_json else None)
     for source in sources:
-        delivery.detect(source, wanted, outputs.path(source.name))
+        delivery.deliver(orders.detect(session, source, wanted, outputs.path(source.name)))
     code.leave()

@@ -32,6 +32,7 @@ def command(
 
     Boxes that a model writes as text have no score.
     """
+    from edge_rsvlm.cli import orders
     from edge_rsvlm.cli.deliver import Delivery
     from edge_rsvlm.raster.inputs import list_inputs
 
@@ -40,5 +41,5 @@ def command(
     outputs = Outputs(output, len(sources), ".geojson")
     delivery = Delivery(session, code, sys.stdout if as_json else None)
     for source in sources:
-        delivery.ground(source, phrase, outputs.path(source.name))
+        delivery.deliver(orders.ground(session, source, phrase, outputs.path(source.name)))
     code.leave()

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,9 +16,10 @@ from edge_rsvlm.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from edge_rsvlm.cli.deliver import Delivery
+    from edge_rsvlm.cli.orders import Order
     from edge_rsvlm.config.job import Job
     from edge_rsvlm.pipeline.detect import DetectQuery
+    from edge_rsvlm.pipeline.session import Session
     from edge_rsvlm.raster.inputs import Source
 
 
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 def command(job: Path, bundle: Path | None, allow_unsigned: bool) -> None:
     """Run the tasks of a job file over its scenes, with models loaded once.
 
+    Tasks that look at a scene alike share one pass over it, and one run of an encoder that they have in common.
     Writes results.jsonl and one GeoJSON per task and input to the job's output folder. The format is in docs/cli.md.
     """
+    from edge_rsvlm.cli import orders
     from edge_rsvlm.cli.deliver import Delivery
     from edge_rsvlm.cli.pairs import list_pairs
     from edge_rsvlm.config.job import load_job
@@ -59,27 +62,30 @@ def command(job: Path, bundle: Path | None, allow_unsigned: bool) -> None:
     with partial.open("w", encoding="utf-8") as lines:
         delivery = Delivery(session, code, lines)
         for source in sources:
-            for task in wanted.tasks:
-                _deliver(delivery, wanted, query, task, source, files[task].path(source.name))
+            paths = {task: files[task].path(source.name) for task in wanted.tasks}
+            delivery.deliver(*(_order(session, wanted, query, task, source, paths[task]) for task in wanted.tasks))
         for before, after in pairs:
             path = files["change"].path(after.name)
-            delivery.change(before, after, path, path and path.with_suffix(".tif"))
+            delivery.deliver(orders.change(session, before, after, path, path and path.with_suffix(".tif")))
     partial.replace(folder / "results.jsonl")
     click.echo(str(folder / "results.jsonl"))
     code.leave()
 
 
-def _deliver(delivery: Delivery, job: Job, query: DetectQuery, task: str, source: Source, geojson: Path | None) -> None:
+def _order(
+    session: Session, job: Job, query: DetectQuery, task: str, source: Source, geojson: Path | None
+) -> Order[Any]:
     """One task of a job over one of its inputs."""
+    from edge_rsvlm.cli import orders
+
     if task == "detect":
-        delivery.detect(source, query, geojson)
-    elif task == "ask" and job.ask:
-        delivery.ask(source, job.ask.question, geojson)
-    elif task == "ground" and job.ground:
-        delivery.ground(source, job.ground.phrase, geojson)
-    elif task == "classify" and job.classify:
-        delivery.classify(source, job.classify.labels, geojson)
-    elif task == "segment" and job.segment:
-        delivery.segment(source, job.segment.labels, geojson, geojson and geojson.with_suffix(".tif"))
-    else:
-        delivery.caption(source, geojson)
+        return orders.detect(session, source, query, geojson)
+    if task == "ask" and job.ask:
+        return orders.ask(session, source, job.ask.question, geojson)
+    if task == "ground" and job.ground:
+        return orders.ground(session, source, job.ground.phrase, geojson)
+    if task == "classify" and job.classify:
+        return orders.classify(session, source, job.classify.labels, geojson)
+    if task == "segment" and job.segment:
+        return orders.segment(session, source, job.segment.labels, geojson, geojson and geojson.with_suffix(".tif"))
+    return orders.caption(session, source, geojson)

@@ -35,6 +35,7 @@ def command(
     A pixel is of its best label, or of none where no label is likely. In the mask the k-th label is k and the rest 0;
     its colour table and tags (LABEL_1 ...) say which is which.
     """
+    from edge_rsvlm.cli import orders
     from edge_rsvlm.cli.deliver import Delivery
     from edge_rsvlm.raster.inputs import list_inputs
 
@@ -44,5 +45,5 @@ def command(
     outputs, masks = Outputs(output, len(sources), ".geojson"), Outputs(mask, len(sources), ".tif")
     delivery = Delivery(session, code, sys.stdout if as_json else None)
     for source in sources:
-        delivery.segment(source, wanted, outputs.path(source.name), masks.path(source.name))
+        delivery.deliver(orders.segment(session, source, wanted, outputs.path(source.name), masks.path(source.name)))
     code.leave()
