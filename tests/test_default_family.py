@@ -208,14 +208,14 @@ def test_images_are_in_a_folder_or_an_archive(data, tmp_path):
 
 def test_thresholds_belong_to_the_weights(stages, tmp_path):
     made = [artifact.load(stages / name) for name in ("joint", "change")]
-    assert read_thresholds(stages, made) == Thresholds(0.35, 0.45)
+    assert read_thresholds(stages, made, Thresholds) == Thresholds(0.35, 0.45)
     other = artifact.Artifact(stages, made[0].manifest | {"hash": "0" * 64})
     with pytest.raises(InputError, match="other weights"):
-        read_thresholds(stages, [other, made[1]])
+        read_thresholds(stages, [other, made[1]], Thresholds)
     for text in ("{", '{"detect": 0.3}', "[]"):
         (tmp_path / "thresholds.json").write_text(text)
         with pytest.raises(InputError, match="thresholds chooses them"):
-            read_thresholds(tmp_path, made)
+            read_thresholds(tmp_path, made, Thresholds)
 
 
 def test_stages_are_told_from_checkpoints(stages, tmp_path):
@@ -233,7 +233,7 @@ def test_the_packaged_bundle_cuts_scores_where_the_weights_say():
     if not is_stages(weights):
         pytest.skip("needs weights: the stages are not installed")
     stored = [artifact.load(weights / name) for name in ("joint", "change")]
-    chosen, tasks = read_thresholds(weights, stored), load_bundle().manifest.tasks
+    chosen, tasks = read_thresholds(weights, stored, Thresholds), load_bundle().manifest.tasks
     assert (tasks.detect.score_threshold, tasks.change.threshold) == (chosen.detect, chosen.change)
 
 

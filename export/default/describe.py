@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from edge_rsvlm.errors import InputError
 from edge_rsvlm.export.artifact import Artifact
@@ -40,10 +40,16 @@ THRESHOLDS_NAME = "thresholds.json"
 class Thresholds:
     """Where scores are cut, chosen on data that only training has: as much a fact of the model as its weights."""
 
+    chosen_by: ClassVar[str] = "edge_rsvlm.export.default.thresholds"
+    """The module that chooses them."""
+
     detect: float
     change: float
     change_by_others: dict[str, float] = field(default_factory=dict)
     """Per held-out city, the threshold of change that the other cities choose."""
+
+
+Chosen = TypeVar("Chosen", bound=Thresholds)
 
 
 def write_thresholds(folder: Path, stages: Sequence[Artifact], chosen: Thresholds) -> None:
@@ -52,14 +58,14 @@ def write_thresholds(folder: Path, stages: Sequence[Artifact], chosen: Threshold
     (folder / THRESHOLDS_NAME).write_text(text + "\n")
 
 
-def read_thresholds(folder: Path, stages: Sequence[Artifact]) -> Thresholds:
+def read_thresholds(folder: Path, stages: Sequence[Artifact], kind: type[Chosen]) -> Chosen:
     """InputError where there are none, or where they were chosen for other weights."""
     path = folder / THRESHOLDS_NAME
-    fix = "python -m edge_rsvlm.export.default.thresholds chooses them"
+    fix = f"python -m {kind.chosen_by} chooses them"
     try:
         found = json.loads(path.read_text())
         stages_of = found.pop("stages", None)
-        chosen = Thresholds(**found)
+        chosen = kind(**found)
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise InputError(f"{path} does not say where to cut scores ({exc!r})", fix=fix) from exc
     if stages_of != _hashes(stages):
@@ -97,20 +103,33 @@ def task_specs(decoder: DecoderConfig, cuts: Thresholds) -> dict[str, Any]:
             "encoder_outputs": detect.LEVELS[::-1], "classes": detect.CLASSES, "stride": detect.STRIDE,
             "score_threshold": cuts.detect, "nms_iou": 0.5, "max_boxes_per_tile": 1000,
         },
-        "change": {
-            "input": input_spec(TILE_PX, OVERLAP_PX, (1.5, 6.4), STEM_BANDS), "encoder": "encoder", "head": "change",
-            "encoder_outputs": change.LEVELS[::-1], "stride": change.STRIDE, "threshold": cuts.change,
-            "mirrored": True, "min_area_m2": 200.0, "min_area_px": 4,
-        },
+        "change": change_task(cuts.change),
         "caption": {
-            "kind": "generate", "input": input_spec(256, 0, (0.3, 15.0), whole_px=WHOLE_PX), "encoder": "encoder",
-            "encoder_outputs": ["c5"], "project": "caption_prefix",
-            "decoder": {
-                "kind": "onnx", "embed": "caption_embed", "graph": "caption_decoder",
-                "cache": {"layers": decoder.layers, "heads": decoder.heads, "head_dim": decoder.head_width},
-            },
-            "tokenizer": {"file": caption.TOKENIZER_NAME, "add_special_tokens": False},
-            "visual": {"token": None, "unit_px": STRIDES["c5"]}, "prompt": "{image}" + BOS, "positions": "sequence",
-            "eos_ids": [EOS_ID], "max_tokens": caption.MOST_TOKENS, "beams": 3, "length_penalty": 1.0,
+            "input": input_spec(256, 0, (0.3, 15.0), whole_px=WHOLE_PX), "encoder_outputs": ["c5"],
+            **generate_task("caption", decoder), "prompt": "{image}" + BOS,
+            "max_tokens": caption.MOST_TOKENS, "beams": 3,
         },
+    }  # fmt: skip
+
+
+def change_task(threshold: float) -> dict[str, Any]:
+    return {
+        "input": input_spec(TILE_PX, OVERLAP_PX, (1.5, 6.4), STEM_BANDS), "encoder": "encoder", "head": "change",
+        "encoder_outputs": change.LEVELS[::-1], "stride": change.STRIDE, "threshold": threshold,
+        "mirrored": True, "min_area_m2": 200.0, "min_area_px": 4,
+    }  # fmt: skip
+
+
+def generate_task(graphs: str, decoder: DecoderConfig) -> dict[str, Any]:
+    """What tasks have in common whose words are written by the graphs ``NAME_prefix``, ``NAME_embed`` and
+    ``NAME_decoder``."""
+    return {
+        "kind": "generate", "encoder": "encoder", "project": f"{graphs}_prefix",
+        "decoder": {
+            "kind": "onnx", "embed": f"{graphs}_embed", "graph": f"{graphs}_decoder",
+            "cache": {"layers": decoder.layers, "heads": decoder.heads, "head_dim": decoder.head_width},
+        },
+        "tokenizer": {"file": caption.TOKENIZER_NAME, "add_special_tokens": False},
+        "visual": {"token": None, "unit_px": STRIDES["c5"]}, "positions": "sequence", "eos_ids": [EOS_ID],
+        "length_penalty": 1.0,
     }  # fmt: skip

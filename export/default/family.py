@@ -20,6 +20,7 @@ from edge_rsvlm.export.default.describe import (
     LICENCE,
     NAME,
     TRAINING_DATA,
+    Thresholds,
     read_thresholds,
     task_specs,
 )
@@ -34,7 +35,7 @@ from edge_rsvlm.export.default.graphs import (
     EncoderGraph,
     PrefixGraph,
 )
-from edge_rsvlm.export.default.model.decoder import DecoderConfig
+from edge_rsvlm.export.default.model.decoder import Decoder, DecoderConfig
 from edge_rsvlm.export.default.model.encoder import CHANNELS, STEM_BANDS, STRIDES
 from edge_rsvlm.export.default.stages import caption, change, joint
 from edge_rsvlm.export.families.base import Arrays, Description, Family, GraphInput, GraphPlan, Source
@@ -54,24 +55,13 @@ class Default(Family):
         return DefaultModel
 
     def graphs(self, source: Source) -> tuple[GraphPlan, ...]:
-        decoder = _decoder_config(source)
-        height, width = EXAMPLE_HW
-        tiles = GraphInput("tiles", ("batch", len(STEM_BANDS), "height", "width"))
-        words = GraphInput("input_ids", ("batch", "tokens"), torch.int64)
         return (
-            GraphPlan(
-                "encoder", lambda m: EncoderGraph(m.encoder), (tiles,), ENCODER_MAPS,
-                {"batch": 2, "height": height, "width": width},
-            ),
-            _maps_plan("detect", lambda m: DetectGraph(m.detect), DETECT_MAPS, ("scores", "ltrb")),
-            _maps_plan("change", lambda m: ChangeGraph(m.change), CHANGE_INPUTS, ("change",)),
-            _maps_plan("caption_prefix", lambda m: PrefixGraph(m.captioner), ("c5",), ("features",)),
-            GraphPlan(
-                "caption_embed", lambda m: EmbedGraph(m.captioner), (words,), ("inputs_embeds",),
-                {"batch": 2, "tokens": 3},
-            ),
-            _decoder_plan(decoder),
-        )  # fmt: skip
+            encoder_plan(),
+            maps_plan("detect", lambda m: DetectGraph(m.detect), DETECT_MAPS, ("scores", "ltrb")),
+            maps_plan("change", lambda m: ChangeGraph(m.change), CHANGE_INPUTS, ("change",)),
+            maps_plan("caption_prefix", lambda m: PrefixGraph(m.captioner), ("c5",), ("features",)),
+            *language_plans("caption", lambda m: m.captioner.decoder, _decoder_config(source)),
+        )
 
     def describe(self, source: Source) -> Description:
         stages = [artifact.load(source.folder / stage.NAME) for stage in (joint, change)]
@@ -79,7 +69,7 @@ class Default(Family):
         tokenizer = source.folder / caption.NAME / caption.TOKENIZER_NAME
         return Description(
             graphs,
-            task_specs(_decoder_config(source), read_thresholds(source.folder, stages)),
+            task_specs(_decoder_config(source), read_thresholds(source.folder, stages, Thresholds)),
             {caption.TOKENIZER_NAME: tokenizer.read_bytes()},
             {"name": NAME, "description": DESCRIPTION, "licence": LICENCE, "training_data": TRAINING_DATA},
         )
@@ -101,7 +91,14 @@ def _decoder_config(source: Source) -> DecoderConfig:
     return DecoderConfig(source.config.vocabulary, dropout=0.0)
 
 
-def _maps_plan(
+def encoder_plan() -> GraphPlan:
+    height, width = EXAMPLE_HW
+    tiles = GraphInput("tiles", ("batch", len(STEM_BANDS), "height", "width"))
+    sizes = {"batch": 2, "height": height, "width": width}
+    return GraphPlan("encoder", lambda m: EncoderGraph(m.encoder), (tiles,), ENCODER_MAPS, sizes)
+
+
+def maps_plan(
     name: str, wrap: Callable[[nn.Module], nn.Module], inputs: Sequence[str], outputs: tuple[str, ...]
 ) -> GraphPlan:
     """A graph on feature maps; those of two dates have the same sizes."""
@@ -123,12 +120,19 @@ def _maps_plan(
     )
 
 
-def _decoder_plan(config: DecoderConfig) -> GraphPlan:
+def language_plans(
+    name: str, decoder_of: Callable[[nn.Module], Decoder], config: DecoderConfig
+) -> tuple[GraphPlan, GraphPlan]:
+    """``NAME_embed`` and ``NAME_decoder``."""
+    words = GraphInput("input_ids", ("batch", "tokens"), torch.int64)
+    embed = GraphPlan(
+        f"{name}_embed", lambda m: EmbedGraph(decoder_of(m)), (words,), ("inputs_embeds",), {"batch": 2, "tokens": 3}
+    )
     cache = [f"{layer}.{part}" for layer in range(config.layers) for part in ("key", "value")]
     past = ("batch", config.heads, "past", config.head_width)
-    return GraphPlan(
-        "caption_decoder",
-        lambda m: DecoderGraph(m.captioner),
+    decoder = GraphPlan(
+        f"{name}_decoder",
+        lambda m: DecoderGraph(decoder_of(m)),
         (
             GraphInput("inputs_embeds", ("batch", "tokens", config.width)),
             *(GraphInput(f"past_key_values.{name}", past) for name in cache),
@@ -136,3 +140,4 @@ def _decoder_plan(config: DecoderConfig) -> GraphPlan:
         ("logits", *(f"present.{name}" for name in cache)),
         {"batch": 2, "tokens": 3, "past": 5},
     )
+    return embed, decoder

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_rsvlm.export.default.model import change, detect
-from edge_rsvlm.export.default.model.decoder import Cache, Captioner
+from edge_rsvlm.export.default.model.decoder import Cache, Captioner, Decoder
 from edge_rsvlm.export.default.model.encoder import CHANNELS, Encoder
 
 ENCODER_MAPS = tuple(CHANNELS)
@@ -66,9 +66,9 @@ class PrefixGraph(nn.Module):
 
 
 class EmbedGraph(nn.Module):
-    def __init__(self, captioner: Captioner) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.embed_tokens = captioner.decoder.embed_tokens
+        self.embed_tokens = decoder.embed_tokens
 
     def forward(self, tokens: Tensor) -> Tensor:
         out: Tensor = self.embed_tokens(tokens)
@@ -78,9 +78,9 @@ class EmbedGraph(nn.Module):
 class DecoderGraph(nn.Module):
     """One graph for prefill (empty past) and for each further token."""
 
-    def __init__(self, captioner: Captioner) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.decoder = captioner.decoder
+        self.decoder = decoder
 
     def forward(self, embeds: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         """``past`` and what follows the logits: the key and the value of each layer, [N, A, T, K]."""

@@ -18,7 +18,7 @@ from edge_rsvlm.export import artifact
 from edge_rsvlm.export.bundle_writer import bundle_folder, write_manifest
 from edge_rsvlm.export.chain import run_export
 from edge_rsvlm.export.default.baselines import change_vectors, consensus
-from edge_rsvlm.export.default.describe import read_thresholds
+from edge_rsvlm.export.default.describe import Thresholds, read_thresholds
 from edge_rsvlm.export.default.model_card import CARD_NAME, CardFacts, write_card
 from edge_rsvlm.export.default.score import evaluations
 from edge_rsvlm.export.default.stages import backbone, caption, change, joint
@@ -58,7 +58,7 @@ def publish(made: Path, weights: Path, data: Path, out: Path) -> int:
 def _facts(fields: dict[str, Any], weights: Path, data: Path) -> CardFacts:
     stages = [artifact.load(weights / stage.NAME) for stage in (joint, change, caption)]
     return CardFacts(
-        fields, [stage.manifest for stage in stages], read_thresholds(weights, stages[:2]),
+        fields, [stage.manifest for stage in stages], read_thresholds(weights, stages[:2], Thresholds),
         consensus(data, weights, WORK / "cache"), change_vectors(data),
         len(artifact.load(weights / backbone.NAME).metrics["ucm_left_out"]),
     )  # fmt: skip

@@ -1,0 +1,189 @@
+"""The default model that is asked by words: its stages, untrained, exported; every verb answers from the bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+torch = pytest.importorskip("torch", reason="needs torch: not installed")
+pytest.importorskip("transformers", reason="needs transformers: not installed")
+
+import edge_rsvlm.cli  # noqa: E402
+from edge_rsvlm.bundle import Rules, load_bundle  # noqa: E402
+from edge_rsvlm.engines.onnxruntime import OnnxRuntimeEngine  # noqa: E402
+from edge_rsvlm.errors import InputError  # noqa: E402
+from edge_rsvlm.export import artifact  # noqa: E402
+from edge_rsvlm.export.chain import run_export  # noqa: E402
+from edge_rsvlm.export.default.data.objects import CLASSES  # noqa: E402
+from edge_rsvlm.export.default.describe import write_thresholds  # noqa: E402
+from edge_rsvlm.export.default.model.change import ChangeHead  # noqa: E402
+from edge_rsvlm.export.default.model.decoder import DecoderConfig  # noqa: E402
+from edge_rsvlm.export.default.model.language import Language  # noqa: E402
+from edge_rsvlm.export.default.open_model.checkpoint import OpenModel, is_stages, open_stages  # noqa: E402
+from edge_rsvlm.export.default.open_model.describe import OpenThresholds  # noqa: E402
+from edge_rsvlm.export.default.open_model.family import Open  # noqa: E402
+from edge_rsvlm.export.default.stages.features import tokenizer_of  # noqa: E402
+from edge_rsvlm.export.default.stages.match import Match  # noqa: E402
+from edge_rsvlm.export.default.stages.vision import Vision  # noqa: E402
+from edge_rsvlm.export.families.base import Source  # noqa: E402
+from edge_rsvlm.export.recipe import BundleFacts, Recipe  # noqa: E402
+from edge_rsvlm.verify import verify  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+SAID = ("two ships in the sea", "many airplanes at an airport", "trees", "does this picture contain trees", "yes")
+WORDS = sorted({word for said in SAID for word in said.split()})
+ASKED = sorted({*WORDS, "airplane", "the", "left", "on"})
+FACTS = BundleFacts(name="untrained")
+"""By another name it is no older version of the packaged bundle."""
+GRAPHS = {
+    "encoder", "detect", "segment", "change", "match", "text", "language_prefix", "language_embed", "language_decoder",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """An untrained model as its stages leave it, with heads and norms that are not at their first, flat values."""
+    folder = tmp_path_factory.mktemp("stages")
+    torch.manual_seed(0)
+    tokenizer = tokenizer_of(SAID)
+    size = tokenizer.get_vocab_size()
+    modules = {"vision": Vision(), "change": ChangeHead(), "match": Match(size, 0.1),
+               "language": Language(DecoderConfig(size))}  # fmt: skip
+    lines = {name: "".join(f"{word}\n" for word in words) for name, words in (("", WORDS), ("_asked", ASKED))}
+    texts = {"tokenizer.json": tokenizer.to_str(), **{f"vocabulary{name}.txt": said for name, said in lines.items()}}
+    made = {}
+    for name, module in modules.items():
+        for key, values in module.state_dict().items():
+            if key.endswith("running_mean"):
+                values.normal_(0, 0.1)
+            elif key.endswith("running_var"):
+                values.uniform_(0.5, 2)
+            elif key.endswith(("contrast.weight", "sides.weight", "out.weight")):
+                values.normal_(0, 0.1)
+        digest = artifact.stage_hash(name, {}, [])
+        state, more = module.state_dict(), texts if name == "language" else None
+        made[name] = artifact.write(folder / name, name, digest, {}, {}, state, more)
+    cuts = OpenThresholds(detect=0.05, change=0.45, like=0.5)
+    write_thresholds(folder, [made[name] for name in ("vision", "change", "match")], cuts)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(stages, tmp_path_factory):
+    """The bundle in full precision, and its folder."""
+    out = tmp_path_factory.mktemp("export") / "bundle"
+    run_export(Recipe(checkpoint=stages, target="onnx:f32", out=out, bundle=FACTS), lambda *_: None)
+    return load_bundle(out, allow_unsigned=True, allow_older=True)
+
+
+@pytest.fixture
+def image(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((240, 200)).save(tmp_path / "scene.png")
+    return tmp_path / "scene.png"
+
+
+@pytest.fixture
+def run(exported):
+    def call(verb, *arguments):
+        options = ["--bundle", str(exported.folder), "--allow-unsigned"]
+        done = CliRunner().invoke(edge_rsvlm.cli.cli, [verb, *map(str, arguments), *options])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return done
+
+    return call
+
+
+def test_graphs_compute_what_the_stages_do(stages, exported):
+    manifest = exported.manifest
+    assert set(manifest.graphs) == GRAPHS == {case.graph for case in manifest.probe}
+    assert verify(exported.folder, Rules(allow_unsigned=True, allow_older=True)).passed
+    model, source = OpenModel.from_pretrained(stages), Source(stages, open_stages(stages).config)
+    torch.manual_seed(1)
+    engine = OnnxRuntimeEngine(threads=1)
+    with torch.no_grad():
+        for plan in Open().graphs(source):
+            inputs = {given.name: example(given, plan.sizes) for given in plan.inputs}
+            expected = plan.wrap(model)(*inputs.values())
+            session = engine.open(exported.path(manifest.graphs[plan.name].file))
+            found = session.run({name: value.numpy() for name, value in inputs.items()}, plan.outputs)
+            expected = expected if isinstance(expected, tuple) else (expected,)
+            for name, here, there in zip(plan.outputs, found, expected, strict=True):
+                error = np.abs(here - there.numpy()).max() / max(1.0, float(there.abs().max()))
+                assert error < 1e-4, f"{plan.name}.{name}: {error}"
+
+
+def example(given, sizes):
+    """Other sizes than those of tracing."""
+    shape = [other(sizes[size], size) if isinstance(size, str) else size for size in given.shape]
+    if given.name == "attention_mask":
+        mask = torch.ones(shape, dtype=torch.int64)
+        mask[1:, shape[1] // 2 :] = 0
+        return mask
+    return torch.randint(0, 200, shape) if given.dtype == torch.int64 else torch.randn(shape)
+
+
+def other(size, name):
+    return size + 1 if name == "batch" else 2 * size
+
+
+def test_the_manifest_says_what_is_asked_and_how(exported):
+    tasks = exported.manifest.tasks
+    assert (
+        tasks.detect.classes == CLASSES and tasks.detect.text.output == "query"
+    assert (tasks.detect.score_threshold, tasks.detect.like_threshold, tasks.change.threshold) == (0.05, 0.5, 0.45)
+    )
+    assert tasks.segment.text.output == "label" and tasks.segment.experimental
+    assert tasks.segment.logit_scale == pytest.approx(10, rel=1e-3) and tasks.segment.logit_bias == -4
+    assert tasks.classify == tasks.search and tasks.search.logit_scale == pytest.approx(14, rel=1e-3)
+    assert tasks.caption.input == tasks.ask.input == tasks.search.input and tasks.detect.input == tasks.segment.input
+    assert tasks.ask.prompt == "{image}<ask>{text}<answer>" and tasks.ground.boxes.scale == 128
+    assert exported.path("objects.txt").read_text().splitlines()[:4] == ["a", "aircraft", "airliner", "airliners"]
+    assert exported.path("vocabulary.txt").read_text().split() == WORDS
+    assert all(task.memory.measured for _, task in exported.manifest.tasks if task is not None)
+
+
+def test_detects_by_words_and_by_examples(run, image):
+    found = [json.loads(run("detect", image, "--json", *more).stdout) for more in (
+        (), ("--query", "ship", "--query", "all trucks"), ("--like", f"{image}#40,40,30,20"),
+    )]  # fmt: skip
+    assert {box["label"] for box in found[0]["detections"]} <= set(CLASSES)
+    assert {box["label"] for box in found[1]["detections"]} <= {"ship", "all trucks"}
+    assert found[0]["coverage"] == 1.0 and found[2]["detections"], "an example is like itself"
+    with pytest.raises(Exception, match="never learnt 'bus'"):
+        run("detect", image, "--query", "bus")
+
+
+def test_masks_classes_and_retrieval(run, image, tmp_path):
+    mask = tmp_path / "mask.tif"
+    assert run("segment", image, "--labels", "trees,sea", "--mask", mask).exit_code == 0 and mask.is_file()
+    labels = json.loads(run("classify", image, "--labels", "airport,sea", "--json").stdout)["labels"]
+    assert {name for name, _ in labels} == {"airport", "sea"} and sum(score for _, score in labels) > 0.99
+    assert run("index", image, "--to", tmp_path / "index").exit_code == 0
+    assert str(image) in run("search", tmp_path / "index", "many airplanes", "--json").stdout
+    with pytest.raises(Exception, match="never learnt 'volcano'"):
+        run("classify", image, "--labels", "volcano,sea")
+
+
+def test_captions_answers_boxes_of_phrases_and_change(run, image, tmp_path):
+    assert "caption" in json.loads(run("caption", image, "--json").stdout)
+    assert "answer" in json.loads(run("ask", image, "does this picture contain trees?", "--json").stdout)
+    assert "detections" in json.loads(run("ground", image, "the airplane on the left", "--json").stdout)
+    shutil.copy(image, tmp_path / "after.png")
+    assert "changed_fraction" in json.loads(run("change", image, tmp_path / "after.png", "--json").stdout)
+
+
+def test_stages_that_lack_a_file_are_told(stages, tmp_path):
+    assert is_stages(stages) and not is_stages(tmp_path)
+    shutil.copytree(stages, tmp_path / "part")
+    (tmp_path / "part" / "language" / "vocabulary.txt").unlink()
+    with pytest.raises(InputError, match=r"language/vocabulary\.txt is not there"):
+        open_stages(tmp_path / "part")
+    tensors = open_stages(stages).weights(OpenModel)
+    assert tensors.keys() == OpenModel(open_stages(stages).config).state_dict().keys()
