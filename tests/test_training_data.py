@@ -239,3 +239,37 @@ def test_what_is_said_of_several_images_is_true_of_all_of_them(tokenizer):
     maker = BatchMaker(SimpleNamespace(parts=parts, tokenizer=tokenizer), DEFAULTS, np.random.default_rng(0))
     holds = maker._holds([(0, 0), (0, 1), (1, 0)], [("caption", "a river"), ("label", "trees"), ("class", "river")])
     assert holds.tolist() == [[1, 1, 1], [1, 1, 1], [0, -1, 1]]
+
+
+def test_phrases_to_score_are_of_held_out_images_whose_objects_are_all_known(tmp_path):
+    import json
+
+    from edge_rsvlm.export.default.data.eval_sets import grounded
+    from edge_rsvlm.export.default.data.objects import SETS
+    from edge_rsvlm.export.default.splits import held_out
+
+    simd = next(spec for spec in SETS if spec.name == "simd")
+    inside = sorted(held_out("simd"))[:3]
+    boxes = {inside[0]: [(1, 0), (2, 200)], inside[1]: [(1, 0), (3, 200)], inside[2]: [], "trained.webp": [(1, 0)]}
+    data = {
+        "categories": [{"id": 1, "name": "car"}, {"id": 2, "name": "van"}, {"id": 3, "name": "bus"}],
+        "images": [{"id": n, "file_name": name, "width": 400, "height": 300} for n, name in enumerate(boxes)],
+        "annotations": [
+            {"image_id": n, "category_id": kind, "bbox": [x, 40, 30, 20]}
+            for n, found in enumerate(boxes.values()) for kind, x in found
+        ],
+    }  # fmt: skip
+    (tmp_path / "train.json").write_text(json.dumps(data))
+    (row,) = grounded(simd, tmp_path / "train.json")
+    assert row["image"] == inside[0], "one has a bus, which nobody can name"
+    assert {"phrase": "car", "boxes": [[0.0, 40.0, 30.0, 20.0]]} in row["phrases"]
+
+
+def test_questions_to_score_say_their_kind():
+    from edge_rsvlm.export.default.data.eval_sets import questions
+    from edge_rsvlm.export.default.data.questions import THEME
+    from edge_rsvlm.export.default.data.scenes import Scene
+
+    asked = ((THEME, "harbor"), ("How many boats in the picture?", "two"), ("Is it?", "yes"))
+    rows = questions([Scene("ucm", "a", "harbor", (), (), asked), Scene("ucm", "b", "harbor", (), ())])
+    assert [q["type"] for q in rows[0]["questions"]] == ["theme", "count", "other"] and len(rows) == 1
