@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,6 +194,32 @@ def test_degrees_and_no_crs(run, tmp_path):
     assert code == 0 and dark["area_m2"] is None and 7900 <= dark["area_px"] <= 8400
     (feature,) = json.loads((tmp_path / "o.geojson").read_text())["features"]
     assert feature["properties"]["crs"] is None
+
+
+PEAK = """
+import sys, resource
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from edge_rsvlm.bundle import load_bundle
+from edge_rsvlm.pipeline.session import Limits, Session
+from tests.wide import WideEngine
+engine = lambda threads, arena: WideEngine()
+session = Session(load_bundle(Path({bundle!r}), allow_unsigned=True), Limits(1 << 29), engine_factory=engine)
+outcome = session.segment({path!r}, ["bright", "dark"], lambda *r: None, lambda *r: None)
+assert outcome.complete and outcome.labels[0][1] > 0.9, outcome.labels
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_raster(tmp_path):
+    spec = SEGMENT["input"] | {"tile_px": 512, "overlap_px": 32}  # fewer tiles, for time
+    wide, peaks = write_bundle(tmp_path / "wide", segment=SEGMENT | {"input": spec}), []
+    for height in (2048, 3584):
+        path = write(tmp_path / f"{height}.tif", half_bright((2048, height), 0), compress="deflate", **UTM)
+        code = PEAK.format(root=str(Path(__file__).parents[1]), bundle=str(wide), path=str(path))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 # --- the verb -------------------------------------------------------------------------------------------------------
