@@ -211,6 +211,9 @@ class GenerateTask(Model):
     length_penalty: float
     """Beams are ranked by log-probability / length ** length_penalty (after Wu et al. 2016, section 7)."""
     boxes: BoxFormat | None = None
+    snap: bool = False
+    """Boxes that it writes become those that the detect task's head sees at the same place in the same features: a
+    decoder places small objects coarsely. The detect task is a TextDetectTask on the same encoder."""
     vocabulary: str | None = None
     """As of TextEncoder, for what is asked."""
     memory: TaskMemory
@@ -281,7 +284,7 @@ AnyAskTask = Annotated[GenerateTask | GgufTask | AnswerTask, Field(discriminator
 
 
 class Tasks(Model):
-    """What the bundle answers; the keys are the verbs."""
+    """What the bundle answers; the keys are the verbs. A ground task that snaps has a detect task to snap to."""
 
     detect: AnyDetectTask | None = None
     change: ChangeTask | None = None
@@ -291,3 +294,11 @@ class Tasks(Model):
     classify: MatchTask | None = None
     segment: SegmentTask | None = None
     search: MatchTask | None = None
+
+    @model_validator(mode="after")
+    def _snaps_to_boxes(self) -> Tasks:
+        if isinstance(self.ground, GenerateTask) and self.ground.snap:
+            detect = self.detect
+            if not isinstance(detect, TextDetectTask) or detect.encoder != self.ground.encoder:
+                raise ValueError("the ground task snaps to boxes, and no detect task by words has its encoder")
+        return self

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 
-from edge_rsvlm.config.task_specs import BoxFormat, GenerateTask, GgufTask, OpenDetectTask
+from edge_rsvlm.config.task_specs import BoxFormat, GenerateTask, GgufTask, OpenDetectTask, TextDetectTask
 from edge_rsvlm.errors import BundleError
 from edge_rsvlm.pipeline.boxes import Find, SceneBoxes
 from edge_rsvlm.pipeline.cut import extent_xy
 from edge_rsvlm.pipeline.detect import border_px, by_words
 from edge_rsvlm.pipeline.outcome import Emit
 from edge_rsvlm.pipeline.per_tile import Kept
-from edge_rsvlm.pipeline.runtime import Runtime
+from edge_rsvlm.pipeline.runtime import Runtime, detect_task
 from edge_rsvlm.pipeline.stream import TileBatch, View
+from edge_rsvlm.tasks.encode import encode
 from edge_rsvlm.tasks.generate import parse_boxes
+from edge_rsvlm.tasks.snap import snapped
 from edge_rsvlm.tiles.prepare import Prepared
 from edge_rsvlm.types import Boxes
 
 WRITTEN_NMS_IOU = 0.5
 """A model that writes boxes says nothing of suppression; this only joins what two tiles saw of one object."""
+SNAP_SHARE = 0.5
+"""Of the detect task's threshold: that something is there was said already."""
 
 
 def ground(
@@ -49,9 +54,29 @@ def _written(runtime: Runtime, task: GenerateTask | GgufTask, phrase: str) -> Fi
     def find(tiles: TileBatch, kept: Kept) -> list[Boxes]:
         images = tiles.dates[0].chosen(kept)
         answers = runtime.generator("ground", task)(images, phrase, None)
-        return [_boxes(answer, form, image) for answer, image in zip(answers, images, strict=True)]
+        written = [_boxes(answer, form, image) for answer, image in zip(answers, images, strict=True)]
+        return _snapped(runtime, task, tiles, kept, written) if _snaps(task) else written
 
     return find
+
+
+def _snaps(task: GenerateTask | GgufTask) -> TypeGuard[GenerateTask]:
+    return isinstance(task, GenerateTask) and task.snap
+
+
+def _snapped(
+    runtime: Runtime, task: GenerateTask, tiles: TileBatch, kept: Kept, written: Sequence[Boxes]
+) -> list[Boxes]:
+    """Onto what the detect task's head sees in the very pixels that the decoder looked at."""
+    spec = detect_task(runtime.manifest)
+    assert isinstance(spec, TextDetectTask), "the manifest was checked"
+    features = encode(runtime.open(task.encoder), tiles.dates[0].pixels_NCHW(kept), spec.encoder_outputs)
+    queries_QD = runtime.text_queries(spec, spec.classes)
+    seen = runtime.text_detector(spec)(features, queries_QD, SNAP_SHARE * spec.score_threshold)
+    return [
+        Boxes(snapped(boxes.xyxy_N4, objects.xyxy_N4, objects.scores_N), boxes.scores_N, boxes.labels_N)
+        for boxes, objects in zip(written, seen, strict=True)
+    ]
 
 
 def _boxes(answer: str, form: BoxFormat, image: Prepared) -> Boxes:
