@@ -60,7 +60,7 @@ vision = "onnx"                          # or mmproj: llama.cpp sees too
 graphs = ["encoder"]                     # left out: all of them; the others run on ONNX Runtime
 
 [[evaluate]]                             # labels that judge what fewer bits cost; without them, agreement does
-task = "caption"                         # detect, change, caption, ask, classify
+task = "caption"                         # detect, change, caption, ask, classify, segment
 labels = "val.jsonl"                     # as for `edge-rsvlm eval`
 images = "val.tar"
 """
@@ -135,7 +135,7 @@ class TensorRt(Model):
 class Evaluate(Model):
     """Labels of one task, as ``edge-rsvlm eval`` reads them."""
 
-    task: Literal["detect", "change", "caption", "ask", "classify"]
+    task: Literal["detect", "change", "caption", "ask", "classify", "segment"]
     labels: Path
     images: str = ""
     """Folder or .tar; of change the folder of ``labels`` holds them."""
@@ -144,6 +144,8 @@ class Evaluate(Model):
     ignore: tuple[str, ...] = ()
     alias: dict[str, str] = Field(default_factory=dict)
     """As the options of ``edge-rsvlm eval detect``."""
+    label: str = ""
+    """Of segment: the word whose mask is scored, on points."""
 
 
 class Recipe(Model):

@@ -135,10 +135,8 @@ def other(size, name):
 
 def test_the_manifest_says_what_is_asked_and_how(exported):
     tasks = exported.manifest.tasks
-    assert (
-        tasks.detect.classes == CLASSES and tasks.detect.text.output == "query"
+    assert tasks.detect.classes == CLASSES and tasks.detect.text.output == "query"
     assert (tasks.detect.score_threshold, tasks.detect.like_threshold, tasks.change.threshold) == (0.05, 0.5, 0.45)
-    )
     assert tasks.segment.text.output == "label" and tasks.segment.experimental
     assert tasks.segment.logit_scale == pytest.approx(10, rel=1e-3) and tasks.segment.logit_bias == -4
     assert tasks.classify == tasks.search and tasks.search.logit_scale == pytest.approx(14, rel=1e-3)

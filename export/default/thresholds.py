@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,31 +84,41 @@ def detect_threshold(runtime: Runtime, data: Path, cache: Path) -> float:
     for i in range(CROPS):
         tile, labels = crop(sets[i % len(sets)], rng, CROP_PX)
         (boxes,) = detector(encode(encoder, tile[None], task.encoder_outputs))
-        truth.append(_truth(labels))
-        merger = BoxMerger(task.nms_iou)
-        merger.feed(boxes, 0.0)
-        found.append(_found(merger.flush()))
-    matches = scoring.match_detections(truth, found, ["airplane"])["airplane"]
-    return _best(np.array([matches.counts(threshold).sum(axis=0) for threshold in GRID]))
+        truth.append(truth_in(labels, lambda _: "airplane"))
+        found.append(merged(boxes, task.nms_iou, CLASSES))
+    return best(counted(truth, found, ["airplane"]))
 
 
-def _truth(labels: Labels) -> list[Truth]:
-    """Boxes in the crop; what lies half outside, or is marked as ignored, counts neither way."""
+def truth_in(labels: Labels, name: Callable[[int], str | None]) -> list[Truth]:
+    """Boxes in the crop by the name of their class (None: of no interest); what lies half outside, or is marked as
+    ignored, counts neither way."""
     rows = []
     for (x0, y0, x1, y1), label in zip(labels.boxes, labels.classes, strict=True):
         w, h = min(x1, CROP_PX) - max(x0, 0), min(y1, CROP_PX) - max(y0, 0)
-        if w > 0 and h > 0:
+        known = name(int(label)) if label >= 0 else None
+        if w > 0 and h > 0 and (known is not None or label < 0):
             whole = label >= 0 and w * h > 0.5 * (x1 - x0) * (y1 - y0)
-            rows.append(Truth("airplane", (max(x0, 0.0), max(y0, 0.0), w, h), ignore=not whole))
+            rows.append(Truth(known, (max(x0, 0.0), max(y0, 0.0), w, h), ignore=not whole))
     return rows
 
 
-def _found(boxes: Boxes) -> list[Found]:
-    rows: Any = zip(boxes.xyxy_N4, boxes.scores_N, boxes.labels_N, strict=True)
-    return [Found(CLASSES[label], float(score), (x0, y0, x1 - x0, y1 - y0)) for (x0, y0, x1, y1), score, label in rows]
+def merged(boxes: Boxes, nms_iou: float, names: Sequence[str]) -> list[Found]:
+    """Boxes of a tile as a scene would have them, by the names of their labels."""
+    merger = BoxMerger(nms_iou)
+    merger.feed(boxes, 0.0)
+    kept = merger.flush()
+    rows: Any = zip(kept.xyxy_N4, kept.scores_N, kept.labels_N, strict=True)
+    return [Found(names[label], float(score), (x0, y0, x1 - x0, y1 - y0)) for (x0, y0, x1, y1), score, label in rows]
 
 
-def _best(counts_G3: np.ndarray) -> float:
+def counted(truth: Sequence[list[Truth]], found: Sequence[list[Found]], names: Sequence[str]) -> np.ndarray:
+    """True and false positives and false negatives [G, 3] at each threshold of GRID, over all classes."""
+    matches = scoring.match_detections(truth, found, names).values()
+    return np.array([np.sum([m.counts(threshold).sum(axis=0) for m in matches], axis=0) for threshold in GRID])
+
+
+def best(counts_G3: np.ndarray) -> float:
+    """The threshold of greatest F1."""
     return float(GRID[int(scoring.rates(counts_G3)[:, 2].argmax())])
 
 

@@ -19,9 +19,10 @@ from edge_rsvlm import evaluate as scored
 from edge_rsvlm import scoring
 from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.manifest import Comparison
-from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, GgufTask
+from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, GgufTask, Tasks, TextDetectTask
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.evaluate.labels import read_pairs
+from edge_rsvlm.evaluate.segment import evaluate_segment, labelled_objects
 from edge_rsvlm.export.proof.gates import AGREEMENT, COSINE, LOSS, Check
 from edge_rsvlm.export.recipe import Evaluate
 from edge_rsvlm.pipeline.detect import DetectQuery
@@ -32,7 +33,12 @@ from edge_rsvlm.tasks.generate import Generator, Sampling
 from edge_rsvlm.tasks.gguf import GgufGenerator
 from edge_rsvlm.tiles.prepare import Prepared
 
-METRICS = {"detect": "AP50", "change": "F1", "caption": "CIDEr", "ask": "accuracy", "classify": "accuracy"}
+METRICS = {
+    "detect": "AP50", "change": "F1", "caption": "CIDEr", "ask": "accuracy", "classify": "accuracy",
+    "segment": "balanced accuracy",
+}  # fmt: skip
+RING_PX = (8.0, 16.0)
+"""Of ``edge-rsvlm eval segment``, unless told otherwise."""
 MEMORY_BYTES = 64 << 30
 """Not what is measured here: the ground has its own limits."""
 LEAST_SCORE = 0.05
@@ -91,7 +97,8 @@ def _score(bundle: Bundle, choice: Evaluate, progress: Progress) -> Score:
         progress(f"{choice.task} on {_named(choice.labels)}", done, total)
 
     found = _evaluated(session, choice, report)
-    return next(score for score in found.scores if score.metric == wanted and score.label is None)
+    whose = choice.label or None
+    return next(score for score in found.scores if score.metric == wanted and score.label == whose)
 
 
 def _named(labels: Path) -> str:
@@ -119,6 +126,9 @@ def _evaluated(session: Session, choice: Evaluate, report: Callable[[int, int], 
         return scored.evaluate_caption(session, labels, images, only, report)
     if choice.task == "ask":
         return scored.evaluate_ask(session, labels, images, only, report)
+    if choice.task == "segment":
+        points = labelled_objects(labels, choice.label, False, only)
+        return evaluate_segment(session, points, images, choice.label, RING_PX, report)
     return scored.evaluate_classify(session, labels, images, only, report)
 
 
@@ -143,9 +153,14 @@ def compare_answers(
     for name, compare in wanted.items():
         if compare is not None:
             progress(name, 0, 1)
-            checks += compare(old, new, images, texts or (DEFAULT_TEXT,))
+            checks += compare(old, new, images, texts or default_texts(tasks))
             progress(name, 1, 1)
     return checks
+
+
+def default_texts(tasks: Tasks) -> tuple[str, ...]:
+    """A sentence; of a bundle that takes only words that it learnt, some of these."""
+    return tasks.detect.classes if isinstance(tasks.detect, TextDetectTask) else (DEFAULT_TEXT,)
 
 
 def _tokens(verb: str, old: Session, new: Session, images: Sequence[Source], texts: Sequence[str]) -> list[Check]:

@@ -217,6 +217,8 @@ class _Run:
             self.session.detect(path, DetectQuery(self.texts), _nowhere)
         if tasks.classify is not None:
             self.session.classify(path, self.texts, _nowhere)
+        if tasks.segment is not None:
+            self.session.segment(path, self.texts, _nowhere)
         if tasks.search is not None:
             self.session.embed_text(text)
 

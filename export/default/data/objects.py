@@ -134,15 +134,20 @@ class ObjectData:
 
     def sample(self, rng: np.random.Generator, size_px: int) -> tuple[F32, Targets]:
         """A tile [5,size,size], turned, scaled, lit and degraded at random, and its targets."""
-        name = self.names[rng.integers(len(self.names))]
+        tile, labels = self.crop(self.names[rng.integers(len(self.names))], rng, size_px)
+        return degraded(rng, tile), targets(labels.boxes, labels.classes, size_px, self.spec)
+
+    def crop(self, name: str, rng: np.random.Generator, size_px: int) -> tuple[F32, Labels]:
+        """A tile of this image, turned, scaled and lit at random, and all of its labels in tile px: they may lie
+        outside."""
         image, labels = self.store[name], self.labels[name]
         scale = float(np.exp(rng.uniform(np.log(0.5), np.log(1.5))))
         box = random_box(rng, image.shape[:2], labels, size_px / scale)
         tile = cut(image, box, (size_px, size_px), RGB_BANDS, U8_RANGE, jitter(rng, 0.18, 0.05, 0.04))
         boxes = (labels.boxes - [box[0], box[1], box[0], box[1]]) * (size_px / (box[2] - box[0]))
         view = int(rng.integers(8))
-        tile = degraded(rng, np.ascontiguousarray(dihedral(tile, view)))
-        return tile, targets(dihedral_boxes(boxes, size_px, view), labels.classes, size_px, self.spec)
+        turned = Labels(dihedral_boxes(boxes, size_px, view), labels.classes)
+        return np.ascontiguousarray(dihedral(tile, view)), turned
 
 
 def targets(
