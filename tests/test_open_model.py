@@ -19,19 +19,27 @@ from edge_rsvlm.engines.onnxruntime import OnnxRuntimeEngine  # noqa: E402
 from edge_rsvlm.errors import InputError  # noqa: E402
 from edge_rsvlm.export import artifact  # noqa: E402
 from edge_rsvlm.export.chain import run_export  # noqa: E402
-from edge_rsvlm.export.default.data.objects import CLASSES  # noqa: E402
-from edge_rsvlm.export.default.describe import write_thresholds  # noqa: E402
+from edge_rsvlm.export.default.data.objects import CLASSES, ObjectData, ObjectSet  # noqa: E402
+from edge_rsvlm.export.default.describe import Thresholds, read_thresholds, write_thresholds  # noqa: E402
 from edge_rsvlm.export.default.model.change import ChangeHead  # noqa: E402
 from edge_rsvlm.export.default.model.decoder import DecoderConfig  # noqa: E402
 from edge_rsvlm.export.default.model.language import Language  # noqa: E402
+from edge_rsvlm.export.default.open_model import thresholds  # noqa: E402
 from edge_rsvlm.export.default.open_model.checkpoint import OpenModel, is_stages, open_stages  # noqa: E402
 from edge_rsvlm.export.default.open_model.describe import OpenThresholds  # noqa: E402
 from edge_rsvlm.export.default.open_model.family import Open  # noqa: E402
 from edge_rsvlm.export.default.stages.features import tokenizer_of  # noqa: E402
 from edge_rsvlm.export.default.stages.match import Match  # noqa: E402
 from edge_rsvlm.export.default.stages.vision import Vision  # noqa: E402
+from edge_rsvlm.export.default.thresholds import GRID  # noqa: E402
 from edge_rsvlm.export.families.base import Source  # noqa: E402
+from edge_rsvlm.export.proof.accuracy import compare_answers  # noqa: E402
+from edge_rsvlm.export.quantize.calibration import graphs_without_calls, record  # noqa: E402
+from edge_rsvlm.export.quantize.settings import CalibrationImages  # noqa: E402
 from edge_rsvlm.export.recipe import BundleFacts, Recipe  # noqa: E402
+from edge_rsvlm.export.steps.quantize import quantize  # noqa: E402
+from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine  # noqa: E402
+from edge_rsvlm.raster.inputs import list_inputs  # noqa: E402
 from edge_rsvlm.verify import verify  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -74,18 +82,27 @@ def stages(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(stages, tmp_path_factory):
-    """The bundle in full precision, and its folder."""
-    out = tmp_path_factory.mktemp("export") / "bundle"
-    run_export(Recipe(checkpoint=stages, target="onnx:f32", out=out, bundle=FACTS), lambda *_: None)
-    return load_bundle(out, allow_unsigned=True, allow_older=True)
+def recipe(stages, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    return Recipe(checkpoint=stages, target="onnx:f32", out=folder / "bundle", work=folder / "work", bundle=FACTS)
+
+
+@pytest.fixture(scope="module")
+def exported(recipe):
+    """The bundle in full precision."""
+    run_export(recipe, lambda *_: None)
+    return load_bundle(recipe.out, allow_unsigned=True, allow_older=True)
+
+
+def scene(path, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((240, 200)).save(path)
+    return path
 
 
 @pytest.fixture
 def image(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (10, 12, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((240, 200)).save(tmp_path / "scene.png")
-    return tmp_path / "scene.png"
+    return scene(tmp_path / "scene.png")
 
 
 @pytest.fixture
@@ -141,6 +158,7 @@ def test_the_manifest_says_what_is_asked_and_how(exported):
     assert tasks.segment.logit_scale == pytest.approx(10, rel=1e-3) and tasks.segment.logit_bias == -4
     assert tasks.classify == tasks.search and tasks.search.logit_scale == pytest.approx(14, rel=1e-3)
     assert tasks.caption.input == tasks.ask.input == tasks.search.input and tasks.detect.input == tasks.segment.input
+    assert tasks.ground.snap
     assert tasks.ask.prompt == "{image}<ask>{text}<answer>" and tasks.ground.boxes.scale == 128
     assert exported.path("objects.txt").read_text().splitlines()[:4] == ["a", "aircraft", "airliner", "airliners"]
     assert exported.path("vocabulary.txt").read_text().split() == WORDS
@@ -185,3 +203,73 @@ def test_stages_that_lack_a_file_are_told(stages, tmp_path):
         open_stages(tmp_path / "part")
     tensors = open_stages(stages).weights(OpenModel)
     assert tensors.keys() == OpenModel(open_stages(stages).config).state_dict().keys()
+
+
+def test_fewer_bits_are_calibrated_and_judged_by_every_task(recipe, exported, tmp_path):
+    (tmp_path / "images").mkdir()
+    for seed in range(3):
+        scene(tmp_path / "images" / f"{seed}.png", seed)
+    images = CalibrationImages(images=(tmp_path / "images",), count=2, texts=("trees", "two ships"))
+    samples, _ = record(exported, images, tmp_path / "samples", lambda *_: None)
+    assert not graphs_without_calls(exported.manifest, samples)
+
+    smaller = recipe.model_copy(update={"target": "onnx:int8", "precision": {"detect": "f16"}})
+    draft, probes = recipe.work / "compile_onnx" / "bundle", recipe.work / "parity" / "probes"
+    quantize(smaller, draft, probes, samples, tmp_path, lambda *_: None)
+    after = load_bundle(tmp_path / "bundle", allow_unsigned=True, allow_older=True)
+    kinds = {name: graph.precision for name, graph in after.manifest.graphs.items()}
+    static = dict.fromkeys(("encoder", "segment", "change", "match"), "int8")
+    assert kinds == static | {
+        "detect": "f16", "text": "int8-dynamic", "language_prefix": "int8-dynamic", "language_embed": "f16",
+        "language_decoder": "int8-dynamic",
+    }  # fmt: skip
+    sources = list_inputs([str(tmp_path / "images")])
+    checks = compare_answers(exported, after, sources[:1], (), {}, lambda *_: None)
+    assert {check.output for check in checks} >= {"caption", "search of images", "search of texts"}
+    cosines = [check.value for check in checks if check.metric == "cosine"]
+    assert min(cosines) > 0.9
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Cars and a bus, which no kind is, on four images of which all objects are labelled."""
+    (tmp_path / "toy" / "train").mkdir(parents=True)
+    coco = {"categories": [{"id": 1, "name": "car"}, {"id": 2, "name": "bus"}], "images": [], "annotations": []}
+    for n in range(4):
+        Image.new("RGB", (400, 400), (90, 90, 40 * n)).save(tmp_path / "toy" / "train" / f"{n}.png")
+        coco["images"].append({"id": n, "file_name": f"{n}.png", "width": 400, "height": 400})
+        for k, (category, x) in enumerate(((1, 60), (1, 160), (1, 240), (1, 330), (2, 120))):
+            box = {"bbox": [x, 60 * k + 40, 30, 20], "image_id": n, "category_id": category}
+            coco["annotations"].append(box | {"id": 5 * n + k, "area": 600, "iscrowd": 0})
+    (tmp_path / "toy" / "train.json").write_text(json.dumps(coco))
+    spec = ObjectSet("toy", "train", {"car": "car", "bus": None}, ("car",))
+    return ObjectData(spec, tmp_path, tmp_path / "cache")
+
+
+def test_episodes_show_one_kind_in_one_image_and_seek_it_in_another(toy):
+    rng, shown = np.random.default_rng(3), []
+    toy.crop = lambda name, *others: shown.append(name) or ObjectData.crop(toy, name, *others)
+    for _ in range(5):
+        episode = thresholds.draw(toy, rng)
+        assert 1 <= len(episode.boxes) <= thresholds.EXAMPLES
+        assert episode.boxes.min() > -1 and episode.boxes.max() < thresholds.CROP_PX + 1
+        assert {box.label for box in episode.truth if not box.ignore} == {"like"}
+        assert {box.label for box in episode.truth if box.ignore} <= {"like", None}
+        assert shown[-2] != shown[-1]
+
+
+def test_thresholds_are_steps_of_the_grid(exported, toy, monkeypatch):
+    monkeypatch.setattr(thresholds, "CROPS", 2)
+    monkeypatch.setattr(thresholds, "EPISODES", 2)
+    runtime = Runtime(exported, cpu_engine(1, 0))
+    detection = thresholds.Detection(runtime, exported.manifest.tasks.detect)
+    assert thresholds.query_threshold(detection, [toy]) in GRID
+    assert thresholds.like_threshold(detection, [toy]) in GRID
+
+
+def test_thresholds_of_the_other_model_are_not_enough(stages, tmp_path):
+    made = [artifact.load(stages / name) for name in ("vision", "change", "match")]
+    assert read_thresholds(stages, made, OpenThresholds).like == 0.5
+    write_thresholds(tmp_path, made, Thresholds(detect=0.3, change=0.3))
+    with pytest.raises(InputError, match=r"open_model\.thresholds chooses them"):
+        read_thresholds(tmp_path, made, OpenThresholds)

@@ -25,7 +25,7 @@ from edge_rsvlm.config.task_specs import (
     SegmentTask,
     TextDetectTask,
 )
-from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, task_of
+from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, detect_task, task_of
 from edge_rsvlm.pipeline.scaling import per_channel
 from edge_rsvlm.tasks.encode import encode
 from edge_rsvlm.tasks.search import Sampling
@@ -53,9 +53,7 @@ def runner(runtime: Runtime, verb: str) -> Run:
         changes = runtime.change_detector(task)
         return lambda n: changes(pixels(task.input, n), pixels(task.input, n))
     if isinstance(task, (GenerateTask, GgufTask)):
-        generator = runtime.generator(verb, task)
-        short = Sampling(temperature=0.0, max_tokens=min(ANSWER_TOKENS, task.max_tokens))
-        return lambda n: generator([prepared(task.input, k) for k in range(n)], TEXT, short)
+        return writer(runtime, verb, task)
     if isinstance(task, OpenDetectTask):
         detect = runtime.open_detector(task, ["airplane"])
         return lambda n: detect(pixels(task.input, n))
@@ -63,11 +61,32 @@ def runner(runtime: Runtime, verb: str) -> Run:
         segmenter, encoder = runtime.segmenter(task, ["trees"]), runtime.open(task.encoder)
         return lambda n: segmenter.embeddings(encode(encoder, pixels(task.input, n), task.encoder_outputs))
     if isinstance(task, TextDetectTask):
-        finder, encoder, wanted = runtime.text_detector(task), runtime.open(task.encoder), task.classes
-        queries_QD, least = runtime.text_queries(task, wanted), task.score_threshold
-        return lambda n: finder(encode(encoder, pixels(task.input, n), task.encoder_outputs), queries_QD, least)
+        return finder(runtime, task.input)
     matcher = runtime.matcher(verb, task)
     return lambda n: (matcher.texts([TEXT]), matcher.images(pixels(task.input, n)))
+
+
+def finder(runtime: Runtime, spec: InputSpec) -> Run:
+    """The detect task by words on tiles of ``spec``."""
+    task = detect_task(runtime.manifest)
+    assert isinstance(task, TextDetectTask)
+    detector, encoder = runtime.text_detector(task), runtime.open(task.encoder)
+    queries_QD, least = runtime.text_queries(task, task.classes), task.score_threshold
+    return lambda n: detector(encode(encoder, pixels(spec, n), task.encoder_outputs), queries_QD, least)
+
+
+def writer(runtime: Runtime, verb: str, task: GenerateTask | GgufTask) -> Run:
+    """A short answer; boxes in it that snap to objects need the detect task too."""
+    generator = runtime.generator(verb, task)
+    short = Sampling(temperature=0.0, max_tokens=min(ANSWER_TOKENS, task.max_tokens))
+
+    def write(count: int) -> object:
+        return generator([prepared(task.input, k) for k in range(count)], TEXT, short)
+
+    if isinstance(task, GgufTask) or not task.snap:
+        return write
+    find = finder(runtime, task.input)
+    return lambda n: (write(n), find(n))
 
 
 def prepared(spec: InputSpec, seed: int) -> Prepared:

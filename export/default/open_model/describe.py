@@ -82,7 +82,7 @@ def task_specs(decoder: DecoderConfig, cuts: OpenThresholds, scales: Scales) -> 
         "ground": {
             **asked, "input": input_spec(crops.SIZE_PX, 0, OBJECTS_M, whole_px=WHOLE_CROP_PX),
             "prompt": _prompt(GROUND), "max_tokens": language.MOST_TOKENS,
-            "boxes": {"open": BOX, "close": END_BOX, "scale": len(LOCATIONS)},
+            "boxes": {"open": BOX, "close": END_BOX, "scale": len(LOCATIONS)}, "snap": True,
         },
         **dict.fromkeys(("classify", "search"), _match(scene, scales)),
     }  # fmt: skip
