@@ -19,7 +19,7 @@ from edge_rsvlm import evaluate as scored
 from edge_rsvlm import scoring
 from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.manifest import Comparison
-from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, GgufTask, Tasks, TextDetectTask
+from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, GgufTask
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.evaluate.labels import read_pairs
 from edge_rsvlm.evaluate.segment import evaluate_segment, labelled_objects
@@ -31,6 +31,7 @@ from edge_rsvlm.raster.inputs import Source, list_inputs
 from edge_rsvlm.scoring import Found, Score, Truth
 from edge_rsvlm.tasks.generate import Generator, Sampling
 from edge_rsvlm.tasks.gguf import GgufGenerator
+from edge_rsvlm.tasks.vocabulary import read_vocabulary
 from edge_rsvlm.tiles.prepare import Prepared
 
 METRICS = {
@@ -42,7 +43,7 @@ RING_PX = (8.0, 16.0)
 MEMORY_BYTES = 64 << 30
 """Not what is measured here: the ground has its own limits."""
 LEAST_SCORE = 0.05
-DEFAULT_TEXT = "what is in this image?"
+DEFAULT_TEXT, DEFAULT_WORDS = "what is in this image?", 8
 FOLLOWED_TOKENS, FOLLOWED_TILES = 16, 4
 Progress = Callable[[str, int, int], None]
 
@@ -153,14 +154,18 @@ def compare_answers(
     for name, compare in wanted.items():
         if compare is not None:
             progress(name, 0, 1)
-            checks += compare(old, new, images, texts or default_texts(tasks))
+            checks += compare(old, new, images, texts or default_texts(before))
             progress(name, 1, 1)
     return checks
 
 
-def default_texts(tasks: Tasks) -> tuple[str, ...]:
+def default_texts(bundle: Bundle) -> tuple[str, ...]:
     """A sentence; of a bundle that takes only words that it learnt, some of these."""
-    return tasks.detect.classes if isinstance(tasks.detect, TextDetectTask) else (DEFAULT_TEXT,)
+    search = bundle.manifest.tasks.search
+    if search is None or search.text.vocabulary is None:
+        return (DEFAULT_TEXT,)
+    words = sorted(read_vocabulary(bundle.path(search.text.vocabulary)))
+    return tuple(words[:: -(-len(words) // DEFAULT_WORDS)])
 
 
 def _tokens(verb: str, old: Session, new: Session, images: Sequence[Source], texts: Sequence[str]) -> list[Check]:
