@@ -136,8 +136,12 @@ class Runtime:
 
     @contextmanager
     def sharing(self, tasks: Sequence[AnyTask]) -> Iterator[None]:
-        """Within, an encoder that several of ``tasks`` use runs once on tiles that they look at in turn."""
-        kept = shared_outputs(tasks)
+        """Within, an encoder that several of ``tasks`` use runs once on tiles that they look at in turn.
+
+        A task that snaps to boxes looks for them too.
+        """
+        boxes = [self.manifest.tasks.detect for task in tasks if isinstance(task, GenerateTask) and task.snap]
+        kept = shared_outputs([*tasks, *boxes])
         for encoder, outputs in kept.items():
             self._shared[encoder].keep(outputs)
         try:
