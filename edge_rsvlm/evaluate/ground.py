@@ -63,7 +63,8 @@ def iou(a_N4: NDArray[np.float64], b_M4: NDArray[np.float64]) -> NDArray[np.floa
     high = np.minimum((a_N4[:, :2] + a_N4[:, 2:])[:, None], (b_M4[:, :2] + b_M4[:, 2:])[None])
     common = np.prod(np.clip(high - low, 0, None), axis=-1)
     either = np.prod(a_N4[:, 2:], axis=1)[:, None] + np.prod(b_M4[:, 2:], axis=1)[None] - common
-    return np.divide(common, either, out=np.zeros_like(common), where=either > 0)
+    found: NDArray[np.float64] = np.divide(common, either, out=np.zeros_like(common), where=either > 0)
+    return found
 
 
 def _boxes(session: Session, path: str, phrase: str) -> list[Box]:

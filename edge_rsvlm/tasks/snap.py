@@ -20,7 +20,7 @@ def snapped(written_W4: F64, seen_S4: F64, scores_S: NDArray[np.float32]) -> F64
     What means a box best has the nearest centre, in units of the written box, and the higher score among equals. No
     seen box is taken twice.
     """
-    result = written_W4.copy()
+    result: F64 = written_W4.copy()
     free = np.ones(len(seen_S4), np.bool_)
     for w, box in enumerate(written_W4):
         distance_S = np.abs(_centres(seen_S4) - _centres(box[None])).max(axis=1) / max(box[2] - box[0], box[3] - box[1])
@@ -32,4 +32,5 @@ def snapped(written_W4: F64, seen_S4: F64, scores_S: NDArray[np.float32]) -> F64
 
 
 def _centres(boxes_N4: F64) -> F64:
-    return np.asarray((boxes_N4[:, :2] + boxes_N4[:, 2:]) / 2)
+    centre_xy: F64 = (boxes_N4[:, :2] + boxes_N4[:, 2:]) / 2
+    return centre_xy
