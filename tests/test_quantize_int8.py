@@ -22,6 +22,7 @@ from edge_rsvlm.export.quantize.choose import int8_kind  # noqa: E402
 from edge_rsvlm.export.quantize.chosen import choose_nodes  # noqa: E402
 from edge_rsvlm.export.quantize.dynamic import quantize_dynamic  # noqa: E402
 from edge_rsvlm.export.quantize.loaded import array_of, load_wide  # noqa: E402
+from edge_rsvlm.export.quantize.norms import fold_norms  # noqa: E402
 from edge_rsvlm.export.quantize.padding import fold_padding  # noqa: E402
 from edge_rsvlm.export.quantize.settings import CalibrationImages, Int8  # noqa: E402
 from edge_rsvlm.export.quantize.static import quantize_static  # noqa: E402
@@ -315,6 +316,36 @@ def test_convolutions_pad_with_zeros_themselves(pads, more, folded):
     feed = {"tiles": np.random.default_rng(1).normal(size=(1, 3, 12, 10)).astype(np.float32)}
     (wanted,), (found,) = (ort.InferenceSession(m.SerializeToString()).run(None, feed) for m in (before, after))
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("biased", "extra", "folded"),
+    [
+        (False, [], 1),
+        (True, [], 1),
+        (True, [("Relu", ["raw"], "z")], 0),
+        (False, [("Conv", ["tiles", "w"], "z")], 0),
+    ],
+)
+def test_convolutions_norm_their_results_themselves(biased, extra, folded):
+    """Unless something else reads the result, or another convolution the weight."""
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.uniform(0.5, 2, 4).astype(np.float32) for name in ("gain", "shift", "mean", "variance", "b")}
+    tensors["w"] = rng.normal(size=(4, 3, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["tiles", "w", *(["b"] if biased else [])], ["raw"], name="conv"),
+        helper.make_node("BatchNormalization", ["raw", "gain", "shift", "mean", "variance"], ["y"], epsilon=1e-2),
+        *(helper.make_node(kind, given, [made]) for kind, given, made in extra),
+    ]
+    outputs = {name: [1, 4, None, None] for name in ("y", *(made for *_, made in extra))}
+    before = model(nodes, tensors, {"tiles": [1, 3, 12, 10]}, outputs)
+    after = onnx.ModelProto()
+    after.CopyFrom(before)
+    assert fold_norms(after) == folded == ("BatchNormalization" not in {node.op_type for node in after.graph.node})
+    feed = {"tiles": rng.normal(size=(1, 3, 12, 10)).astype(np.float32)}
+    results = [ort.InferenceSession(m.SerializeToString()).run(None, feed) for m in (before, after)]
+    for wanted, found in zip(*results, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_that_steps_share_are_read(tmp_path):

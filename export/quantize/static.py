@@ -20,6 +20,7 @@ from edge_rsvlm.export.quantize.calibration import Arrays
 from edge_rsvlm.export.quantize.chosen import LAYERS, Chosen, choose_nodes
 from edge_rsvlm.export.quantize.equalise import equalise
 from edge_rsvlm.export.quantize.loaded import Model, drop_unused, load_wide
+from edge_rsvlm.export.quantize.norms import fold_norms
 from edge_rsvlm.export.quantize.padding import fold_padding
 from edge_rsvlm.export.quantize.ranges import Ranges, find_ranges
 from edge_rsvlm.export.quantize.rounding import Scales, round_convolutions
@@ -45,6 +46,7 @@ def quantize_static(
     """
     model = load_wide(graph)
     fold_padding(model)
+    fold_norms(model)
     chosen = choose_nodes(model, settings.keep)
     samples = _Spread(samples)
     metrics: Metrics = {"quantized layers": len(chosen.layers), "kept layers": chosen.kept}
