@@ -184,7 +184,7 @@ def test_results_on_the_map_are_in_degrees_and_others_in_pixels(demo):
 
 def test_a_bundle_without_a_task_shows_the_others(tmp_path, monkeypatch):
     session = Session(
-        load_bundle(write_bundle(tmp_path / "b"), allow_unsigned=True), Limits(1 << 30),
+        load_bundle(write_bundle(tmp_path / "b"), allow_unsigned=True), Limits(8 << 30),
         engine_factory=lambda threads, arena: SpeakingEngine(),
     )  # fmt: skip
     monkeypatch.setattr(demo_verb, "open_session", lambda *_: session)

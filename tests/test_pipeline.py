@@ -43,7 +43,7 @@ def bundle(tmp_path):
 
 
 def session(bundle, **limits):
-    return Session(bundle, Limits(**({"memory_bytes": 1 << 30} | limits)), engine_factory=fake_engine)
+    return Session(bundle, Limits(**({"memory_bytes": 8 << 30} | limits)), engine_factory=fake_engine)
 
 
 def detected(bundle, path, **limits):

@@ -273,7 +273,7 @@ def test_a_job_segments_and_plans_count_the_rows(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out" / "segment").iterdir()) == ["a.geojson", "a.tif"]
     (tmp_path / "job.toml").write_text("\n".join([*job[:4], *job[6:]]))
     assert "[segment] with labels" in run("run", tmp_path / "job.toml")[2]
-    session = Session(load_bundle(folder, allow_unsigned=True), Limits(1 << 30))
+    session = Session(load_bundle(folder, allow_unsigned=True), Limits(8 << 30))
     plans = {
         verb: dict(plan_image(session, str(tmp_path / "a.tif"), verb).plan.items) for verb in ("segment", "classify")
     }

@@ -222,10 +222,11 @@ class Session:
         """Vectors of an image's tiles."""
         return self._alone(path, embedding(self.bundle, emit), progress)
 
-    def embed_text(self, text: str) -> NDArray[np.float32]:
-        """The unit vector [D] of a text."""
+    def embed_text(self, text: str, *, any_words: bool = False) -> NDArray[np.float32]:
+        """The unit vector [D] of a text; UsageError for words that the bundle never learnt, unless ``any_words``."""
         task = search_task(self.bundle.manifest)
-        check_texts(self.bundle, "search", [text])
+        if not any_words:
+            check_texts(self.bundle, "search", [text])
         with self._pace(Demand("search", task.memory, tile_px=1, tile_bytes=0, tiles=1)) as (runtime, _):
             vector_D: NDArray[np.float32] = runtime.matcher("search", task).texts([text])[0]
             return vector_D

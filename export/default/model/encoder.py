@@ -33,12 +33,12 @@ class Conv(nn.Module):
         super().__init__()
         padding = 1 if kernel == 3 and stride == 1 else 0
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups)
-        self.kernel, self.stride, self.relu = kernel, stride, relu
+        self.kernel, self.stride, self.groups, self.relu = kernel, stride, groups, relu
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel == 3:
             x = same_pad(x, self.stride)
-        if self.stride == 2 and self.conv.groups > 1 and torch.is_autocast_enabled("cpu"):
+        if self.stride == 2 and self.groups > 1 and torch.is_autocast_enabled("cpu"):
             # oneDNN takes two to three times as long for the gradients of this kind in bfloat16.
             with torch.autocast("cpu", enabled=False):
                 x = self.conv(x.float())
