@@ -12,6 +12,7 @@ from edge_rsvlm.config.inputs import InputSpec, TaskMemory
 from edge_rsvlm.config.task_specs import AnswerTask, DetectTask, MatchTask, OpenDetectTask, Tasks
 from edge_rsvlm.engines.fake import FakeSession
 from edge_rsvlm.errors import BundleError
+from edge_rsvlm.tasks import refer
 from edge_rsvlm.tasks.answer import Answerer
 from edge_rsvlm.tasks.detect import Detector, peaks
 from edge_rsvlm.tasks.match import Matcher
@@ -19,6 +20,7 @@ from edge_rsvlm.tasks.open_detect import OpenDetector
 from edge_rsvlm.tasks.scores import sigmoid, softmax
 from edge_rsvlm.tasks.snap import snapped
 from edge_rsvlm.tasks.summary import summarise
+from edge_rsvlm.types import Boxes
 
 MEMORY = TaskMemory(session_bytes=1, tile_bytes=1)
 TOKENIZER = {"file": "tokenizer.json", "add_special_tokens": True}
@@ -300,3 +302,24 @@ def test_a_ground_task_that_snaps_needs_boxes_by_words_of_its_encoder():
     with pytest.raises(ValidationError, match="snaps to boxes"):
         Tasks.model_validate({"ground": ground, "detect": DETECT | {"encoder": "another"}})
     Tasks.model_validate({"ground": ground, "detect": DETECT | {"encoder": ground["encoder"]}})
+
+
+def test_objects_are_described_by_place_kind_and_rank_among_their_kind():
+    boxes = np.array([[0.0, 0, 10, 10], [50, 0, 90, 20], [20, 40, 24, 44], [90, 90, 99, 99]])
+    objects = Boxes(boxes, np.array([0.5, 1, 1, 1], np.float32), np.array([0, 0, 0, 1]))
+    described = refer.describe(objects, (100, 100), kinds=2)
+    assert described.shape == (4, refer.feature_count(2))
+    place, kind, ranks = np.split(described, [refer.PLACE, refer.PLACE + 2], axis=1)
+    np.testing.assert_allclose(place[1, :6], [0.5, 0, 0.9, 0.2, 0.7, 0.1])
+    assert kind.tolist() == [[0.5, 0], [1, 0], [1, 0], [0, 1]]
+    left, right, top, _, largest, _ = ranks[:, :-1].reshape(4, refer.ORDERS, refer.RANKS).argmax(axis=2).T
+    assert left.tolist() == [0, 2, 1, 0] and right.tolist() == [2, 0, 1, 0]
+    assert top.tolist() == [0, 1, 2, 0] and largest.tolist() == [1, 0, 2, 0]
+    assert ranks[3, -1] == 0, "alone of its kind"
+
+
+def test_an_object_of_two_names_is_described_once_and_by_the_likelier():
+    boxes = np.array([[0.0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60]])
+    objects = Boxes(boxes, np.array([0.4, 0.9, 0.6], np.float32), np.array([0, 1, 0]))
+    assert refer.one_of_each(objects, most=5).labels_N.tolist() == [1, 0]
+    assert refer.one_of_each(objects, most=1).scores_N.tolist() == [pytest.approx(0.9)]

@@ -273,3 +273,41 @@ def test_questions_to_score_say_their_kind():
     asked = ((THEME, "harbor"), ("How many boats in the picture?", "two"), ("Is it?", "yes"))
     rows = questions([Scene("ucm", "a", "harbor", (), (), asked), Scene("ucm", "b", "harbor", (), ())])
     assert [q["type"] for q in rows[0]["questions"]] == ["theme", "count", "other"] and len(rows) == 1
+
+
+def test_layouts_keep_what_a_phrase_means_however_the_detector_errs(tokenizer):
+    from edge_rsvlm.export.default.data.objects import CLASSES
+    from edge_rsvlm.export.default.stages.refer import DEFAULTS, BatchMaker, Layout
+
+    plane, car = CLASSES.index("airplane"), CLASSES.index("car")
+    boxes = np.array([[0.1, 0.2, 0.15, 0.25], [0.5, 0.2, 0.6, 0.3], [0.8, 0.5, 0.83, 0.53]])
+    layout = Layout(boxes, np.array([plane, plane, car]), (1.0, 0.6))
+    config = DEFAULTS | {"layouts": 40, "made_up": 0.3}
+    maker = BatchMaker([layout], tokenizer, config, np.random.default_rng(1))
+    batch = maker()
+    known, meant = batch["objects_mask"] == 1, batch["meant"] == 1
+    assert (meant & ~known).sum() == 0 and (meant.sum(dim=1) > 0).all(), "every phrase means something"
+    assert batch["objects"][~known].abs().sum() == 0
+    turned = [maker._flipped(layout) for _ in range(20)]
+    for other in turned:
+        assert (other.boxes[:, :2] < other.boxes[:, 2:]).all() and (
+            other.boxes[:, 2:] <= np.array(other.size) + 1e-9
+        ).all()
+    assert len({other.size for other in turned}) == 2
+
+
+def test_padding_changes_no_choice(tokenizer):
+    import torch
+
+    from edge_rsvlm.export.default.model.refer import Refer
+    from edge_rsvlm.export.default.stages.match import tokens
+
+    torch.manual_seed(0)
+    model = Refer(tokenizer.get_vocab_size(), 9).eval()
+    objects, mask = torch.randn(2, 4, 9), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    texts = tokens(tokenizer, ["trees", "many cars in a parking lot"])
+    alone = tokens(tokenizer, ["trees"])
+    with torch.inference_mode():
+        both = model(**texts, objects=objects, objects_mask=mask)
+        one = model(**alone, objects=objects[:1, :2], objects_mask=mask[:1, :2])
+    torch.testing.assert_close(both[:1, :2], one, atol=1e-5, rtol=1e-4)

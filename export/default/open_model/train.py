@@ -12,10 +12,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from edge_rsvlm.export.default.stages import backbone, change, language, match, vision
+from edge_rsvlm.export.default.stages import backbone, change, language, match, refer, vision
 from edge_rsvlm.export.default.train import report
 
-STAGES = (backbone.NAME, vision.NAME, change.NAME, match.NAME, language.NAME)
+STAGES = (backbone.NAME, vision.NAME, change.NAME, match.NAME, language.NAME, refer.NAME)
 
 
 def main() -> None:
@@ -47,7 +47,10 @@ def train(data: Path, work: Path, until: str, scale: float) -> None:
     report(match.run(data, work, scaled(match.DEFAULTS), imported, seen))
     if until == match.NAME:
         return
-    report(language.run(data, work, scaled(language.DEFAULTS), imported, seen))
+    spoken = report(language.run(data, work, scaled(language.DEFAULTS), imported, seen))
+    if until == language.NAME:
+        return
+    report(refer.run(data, work, scaled(refer.DEFAULTS), spoken))
 
 
 if __name__ == "__main__":
