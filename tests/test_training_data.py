@@ -5,13 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.usefixtures("torch_here")
-
-
-@pytest.fixture
-def torch_here(needs):
-    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors"):
-        needs(name)
+for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors"):
+    pytest.importorskip(name, reason=f"needs {name}: not installed")
 
 
 def objects_of(boxes, names, size=(400, 400)):
