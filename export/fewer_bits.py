@@ -16,7 +16,7 @@ from edge_rsvlm.errors import BundleError, UsageError
 from edge_rsvlm.export.artifact import Artifact, file_hash
 from edge_rsvlm.export.proof.accuracy import Compared, compare_answers, compare_labelled, listed_by, open_session
 from edge_rsvlm.export.proof.gates import table
-from edge_rsvlm.export.quantize.calibration import Samples, chosen, listed, record, spread
+from edge_rsvlm.export.quantize.calibration import Samples, chosen, listed, record, short_name, spread
 from edge_rsvlm.export.quantize.likeness import distance_warning, likeness, resolution_warning
 from edge_rsvlm.export.recipe import Recipe
 from edge_rsvlm.export.steps.compile_gguf import LanguageWriter
@@ -184,9 +184,11 @@ class FewerBits:
             return found
         used = set() if calibrated is None else set(_calibration(calibrated).images)
         everything = [source for place in listed(images) for source in place]
-        unseen = [source for source in everything if source.name not in used] or everything
+        unseen = [source for source in everything if short_name(source) not in used] or everything
         judged: dict[str, list[Source]] = {
-            choice.task: spread([source for source in listed_by(choice) if source.name not in used], JUDGING_IMAGES)
+            choice.task: spread(
+                [source for source in listed_by(choice) if short_name(source) not in used], JUDGING_IMAGES
+            )
             for choice in self.recipe.evaluate
         }
         checks = compare_answers(before, after, spread(unseen, UNSEEN_IMAGES), images.texts, judged, report)

@@ -49,7 +49,9 @@ def test_calibration_is_what_graphs_were_fed_and_the_same_twice(images, tmp_path
     samples, calibration, first = recorded(tmp_path, "a", images)
     _, again, second = recorded(tmp_path, "b", images)
     assert first == second and calibration == again
-    assert [Path(name).name for name in calibration.images] == [f"{index}.png" for index in range(6)]
+    assert list(calibration.images) == [f"{images.images[0].name}/{index}.png" for index in range(6)], (
+        "not where they lie"
+    )
     assert set(samples.of("encoder")[0]) == {"pixels"} and set(samples.of("change")[0]) == {"earlier", "later"}
     encoder = samples.of("encoder")
     assert all(call["pixels"].dtype == np.float32 and call["pixels"].shape == (1, 5, 128, 128) for call in encoder)

@@ -132,7 +132,12 @@ def _of_place(place: Path) -> list[Source]:
     found = sorted(list_inputs([str(place)]), key=lambda source: source.name)
     if len(found) == 1 and not Path(found[0].name).is_file() and found[0].path == found[0].name:
         raise UsageError(f"{place} holds no image", fix="name a folder, a glob or a .tar of images")
-    return found
+    return [replace(source, name=short_name(source)) for source in found]
+
+
+def short_name(source: Source) -> str:
+    """An image's name as a bundle may tell it, which travels: of a file its folder's and its own, not where it lies."""
+    return "/".join(Path(source.name).absolute().parts[-2:]) if source.name == source.path else source.name
 
 
 def chosen(images: CalibrationImages) -> list[Source]:
