@@ -93,9 +93,9 @@ SIMD: dict[str, str | None] = {
 DRONE: dict[str, str | None] = {"car": "car", "truck": "truck", "minibus": "van", "bus": None, "cyclist": None}
 AIRPLANE: dict[str, str | None] = {"airplane": "airplane"}
 SETS = (
-    ObjectSet("hrplanes", "train.tar", AIRPLANE, PLANES, weight=0.28),
-    ObjectSet("airbus_aircraft", "train", AIRPLANE | {"truncated airplane": None}, PLANES, weight=0.28),
-    ObjectSet("aerial_airport", "train.tar", AIRPLANE, PLANES, weight=0.06),
+    ObjectSet("hrplanes", "train.tar", AIRPLANE, PLANES, weight=0.25),
+    ObjectSet("airbus_aircraft", "train", AIRPLANE | {"truncated airplane": None}, PLANES, weight=0.25),
+    ObjectSet("aerial_airport", "train.tar", AIRPLANE, PLANES, weight=0.12),
     ObjectSet("simd", "train.tar", SIMD, KINDS, sparse=True, weight=0.26),
     ObjectSet("drone_vehicles", "train", DRONE, KINDS, weight=0.12),
 )

@@ -45,7 +45,7 @@ from edge_rsvlm.export.default.stages.joint import SCENE_LABELS, WORDS_WEIGHT, t
 
 NAME = "vision"
 DEFAULTS: dict[str, Any] = {
-    "minutes": 90.0,
+    "minutes": 60.0,
     "crop_px": 256,
     "objects": 6,
     "pairs": 2,
