@@ -17,6 +17,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from edge_rsvlm.export.default.data.augment import degraded
 from edge_rsvlm.export.default.data.scenes import SceneSet
 from edge_rsvlm.export.default.data.views import jitter
 from edge_rsvlm.export.default.loop import device
@@ -80,7 +81,8 @@ def cached_features(
     """Features of all images, ``channels`` that ``of`` makes of the encoder's maps, computed once; a run that was
     interrupted goes on where it stopped.
 
-    View v shows the v-th of the square's symmetries; all but the first are also slightly zoomed, shifted and re-lit.
+    View v shows the v-th of the square's symmetries; all but the first are also slightly zoomed, shifted and re-lit,
+    and some of them degraded.
     """
     side = 256 // 32
     shape = (len(scenes), views, channels, side, side)
@@ -126,4 +128,5 @@ def caption_view(scenes: SceneSet, i: int, v: int) -> npt.NDArray[np.float32]:
         return scenes.tile(i)
     rng = np.random.default_rng([i, v])
     dx, dy = rng.uniform(-1, 1, 2)
-    return scenes.tile(i, v, jitter(rng, 0.12, 0.04, 0.02), float(rng.uniform(1.0, 1.2)), float(dx), float(dy))
+    tile = scenes.tile(i, v, jitter(rng, 0.12, 0.04, 0.02), float(rng.uniform(1.0, 1.2)), float(dx), float(dy))
+    return degraded(rng, tile)

@@ -34,9 +34,14 @@ LABEL_WORDS = {
 }  # fmt: skip
 
 
+def class_names(scene: str) -> tuple[str, ...]:
+    """Names of one of the sets' classes."""
+    return CLASS_WORDS.get(scene, (scene.lower(),))
+
+
 def class_words(scene: Scene) -> tuple[str, ...]:
     """Names of an image's class."""
-    return CLASS_WORDS.get(scene.scene, (scene.scene.lower(),))
+    return class_names(scene.scene)
 
 
 def label_words(label: str) -> tuple[str, ...]:

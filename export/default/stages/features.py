@@ -28,7 +28,7 @@ from edge_rsvlm.export.default.stages.backbone import FILE
 from edge_rsvlm.export.default.stages.joint import training_ucm
 from edge_rsvlm.export.default.stages.tflite_weights import convolutions
 
-VIEWS = {"ucm": 8, "rsicd": 3}
+VIEWS = {"ucm": 8, "rsicd": 2}
 ASK, GROUND, ANSWER, BOX, END_BOX = "<ask>", "<ground>", "<answer>", "<box>", "</box>"
 LOCATIONS = tuple(f"<{i}>" for i in range(128))
 SPECIALS, SHOWN = (BOS, EOS, ASK, GROUND, ANSWER), (BOX, END_BOX, *LOCATIONS)

@@ -21,7 +21,7 @@ from edge_rsvlm.export import artifact
 from edge_rsvlm.export.default.data.captions import points_somewhere
 from edge_rsvlm.export.default.data.objects import QUERIES
 from edge_rsvlm.export.default.data.scenes import UCM_LABELS
-from edge_rsvlm.export.default.data.words import class_words, label_words, sentences
+from edge_rsvlm.export.default.data.words import class_names, class_words, label_words, sentences
 from edge_rsvlm.export.default.loop import ahead, device, train
 from edge_rsvlm.export.default.model.encoder import CHANNELS
 from edge_rsvlm.export.default.model.pooled import PooledHead
@@ -77,7 +77,7 @@ def run(
 
 @dataclass
 class BatchMaker:
-    """Images with a text each, and which of the texts are true of which images."""
+    """Images with a text each, and which of the texts are true of which images; and names of all classes."""
 
     seen: features.Scenes
     config: dict[str, Any]
@@ -96,6 +96,23 @@ class BatchMaker:
             "c5": torch.from_numpy(np.stack(pixels)),
             "holds": torch.from_numpy(holds),
             **tokens(self.seen.tokenizer, [text for _, text in texts]),
+            **self._classes([(part, image) for part, image, _ in chosen]),
+        }
+
+    def _classes(self, images: list[tuple[int, int]]) -> Batch:
+        """``class_input_ids`` and ``class_attention_mask`` [K,T] of a name of every class of both sets, ``of_set``
+        [B,K] where a name is of the image's own set, and the number ``class`` [B] of the true one."""
+        sets = [part.scenes.classes for part in self.seen.parts]
+        names = [str(self.rng.choice(class_names(name))) for classes in sets for name in classes]
+        set_of = np.repeat(np.arange(len(sets)), [len(classes) for classes in sets])
+        first = np.cumsum([0, *map(len, sets[:-1])])
+        part = np.array([part for part, _ in images])
+        true = [first[p] + self.seen.parts[p].scenes.class_index(image) for p, image in images]
+        named = tokens(self.seen.tokenizer, names)
+        return {
+            **{f"class_{name}": value for name, value in named.items()},
+            "of_set": torch.from_numpy(part[:, None] == set_of[None]),
+            "class": torch.tensor(true),
         }
 
     def _image(self) -> tuple[int, int, int]:
@@ -139,20 +156,31 @@ def tokens(tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
 
 def matched(model: Match, batch: Batch) -> dict[str, Tensor]:
     """Cross-entropy over texts of an image and over images of a text (Radford et al. 2021, "CLIP"), with all that is
-    true as likely as each other (Khosla et al. 2020, "Supervised Contrastive Learning") and what is unknown left out.
+    true as likely as each other (Khosla et al. 2020, "Supervised Contrastive Learning") and what is unknown left out;
+    and over the classes of an image's own set, as ``classify`` will ask.
     """
     where = device()
     batch = {name: value.to(where) for name, value in batch.items()}
     with torch.autocast(where.type, torch.bfloat16):
         images = model.pooled(batch["c5"])
         texts = model.text(batch["input_ids"], batch["attention_mask"])["embedding"]
-    cosine = F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
-    logits = cosine * model.log_scale.exp().clamp(max=MOST_SCALE)
-    logits = logits.masked_fill(batch["holds"] < 0, -1e4)
+        classes = model.text(batch["class_input_ids"], batch["class_attention_mask"])["embedding"]
+    scale = model.log_scale.exp().clamp(max=MOST_SCALE)
+    logits = (_cosines(images, texts) * scale).masked_fill(batch["holds"] < 0, -1e4)
     true = (batch["holds"] > 0).float()
     per_image = (logits.log_softmax(dim=1) * true).sum(dim=1) / true.sum(dim=1)
     per_text = (logits.log_softmax(dim=0) * true).sum(dim=0) / true.sum(dim=0)
-    return {"image": -per_image.mean(), "text": -per_text.mean()}
+    of_class = (_cosines(images, classes) * scale).masked_fill(~batch["of_set"], -1e4)
+    return {
+        "image": -per_image.mean(),
+        "text": -per_text.mean(),
+        "class": F.cross_entropy(of_class, batch["class"]),
+    }
+
+
+def _cosines(images_BD: Tensor, texts_TD: Tensor) -> Tensor:
+    """[B,T]."""
+    return F.normalize(images_BD.float(), dim=1) @ F.normalize(texts_TD.float(), dim=1).T
 
 
 class Taught:
