@@ -1,7 +1,8 @@
 """A bundle that finds coloured things by words and by examples, without a trained model.
 
 Its head sees blobs of red, green or blue on gray ground: every cell of a blob has the vector of its colour, and the one
-at its centre is a peak. Words have the vectors of the colours they name.
+at its centre is a peak. Words have the vectors of the colours they name. A phrase means things of the colours that it
+names, the larger the surer; only the first by size or from the left where it says so.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from edge_rsvlm.engines.fake import FakeSession
 from edge_rsvlm.pipeline.session import Session
+from edge_rsvlm.tasks import refer
 from tests import fakes
 from tests.fakes import CONTENT, MEMORY, blobs, graph
 
 COLOURS = ("red", "green", "blue")
 WORDS = ("a", "photo", "of", *COLOURS, "thing")
+PHRASE_WORDS = ("the", "largest", "leftmost")
 SIZE = (400, 300)
 STRIDE = 4
 GROUND = 3
@@ -39,17 +42,25 @@ CLASSIFY = {
     "input": INPUT, "encoder": "eye", "encoder_outputs": ["c1"], "head": "mean", "text": TEXT,
     "label_prompt": "{label}", "score": "softmax", "logit_scale": 10.0, "memory": MEMORY,
 }  # fmt: skip
+REFER = {
+    "kind": "refer", "input": INPUT, "graph": "choice", "tokenizer": TEXT["tokenizer"], "vocabulary": "phrases.txt",
+    "threshold": 0.3, "most_objects": 40, "memory": MEMORY,
+}  # fmt: skip
 GRAPHS = {
     "eye": ({"tiles": "pixels"}, {"c1": "first"}),
     "cells": ({"c1": "first"}, {"embeddings": "vectors", "shift": "moved", "scale": "scaled", "ltrb": "sides"}),
     "mean": ({"c1": "first"}, {"embedding": "vector"}),
     "names": ({"input_ids": "ids"}, {"thing_embedding": "meant", "embedding": "else"}),
+    "choice": ({"input_ids": "ids", "objects": "things", "objects_mask": "real"}, {"logits": "chosen"}),
 }
 
 
 class Engine:
     def open(self, path):
-        known = {"eye": lambda inputs: {"first": inputs["pixels"]}, "cells": _cells, "mean": _mean, "names": _names}
+        known = {
+            "eye": lambda inputs: {"first": inputs["pixels"]}, "cells": _cells, "mean": _mean, "names": _names,
+            "choice": _choice,
+        }  # fmt: skip
         return FakeSession(known[path.stem])
 
 
@@ -72,6 +83,19 @@ def _names(inputs):
 def _mean(inputs):
     tiles = inputs["first"]
     return {"vector": np.pad((tiles.mean(axis=(2, 3)) + 1) / 2, ((0, 0), (0, 1))).astype(np.float32)}
+
+
+def _choice(inputs):
+    assert (inputs["real"] == 1).all()
+    ((tokens,), (things_CF,)) = inputs["ids"].tolist(), inputs["things"]
+    said = {(*WORDS, *PHRASE_WORDS)[token] for token in tokens}
+    place_CF, kind_CK, rank_CF = np.split(things_CF, [refer.PLACE, refer.PLACE + len(DETECT["classes"])], axis=1)
+    wanted_C = np.isin(np.array(DETECT["classes"])[kind_CK.argmax(axis=1)], list(said))
+    rank_CO = rank_CF[:, :-1].reshape(len(things_CF), refer.ORDERS, refer.RANKS).argmax(axis=2)
+    for word, order in (("leftmost", 0), ("largest", 4)):
+        wanted_C &= (rank_CO[:, order] == 0) | (word not in said)
+    width_C = place_CF[:, 2] - place_CF[:, 0]
+    return {"chosen": np.where(wanted_C, 10 * width_C, -4)[None].astype(np.float32)}
 
 
 def _cells(inputs):
@@ -105,16 +129,17 @@ def things(squares, size=SIZE):
 
 def write_bundle(folder, **tasks):
     folder.mkdir(parents=True)
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate((*WORDS, *PHRASE_WORDS))}, unk_token="a"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "vocabulary.txt").write_text("\n".join(WORDS) + "\n")
-    for name in ("eye.onnx", "cells.onnx", "mean.onnx", "names.onnx", "probe.npz"):
+    (folder / "phrases.txt").write_text("\n".join((*PHRASE_WORDS, *COLOURS)) + "\n")
+    for name in (*(f"{part}.onnx" for part in GRAPHS), "probe.npz"):
         (folder / name).write_bytes(CONTENT)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     data = fakes.manifest() | {
         "graphs": {name: graph(name, *ends) for name, ends in GRAPHS.items()},
-        "tasks": tasks or {"detect": DETECT, "classify": CLASSIFY, "search": CLASSIFY},
+        "tasks": tasks or {"detect": DETECT, "classify": CLASSIFY, "search": CLASSIFY, "ground": REFER},
         "probe": [{"graph": "eye", "file": "probe.npz", "tolerance": 0.01}],
         "files": {n: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)} for n, c in files.items()},
     }

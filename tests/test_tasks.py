@@ -6,10 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
 from edge_rsvlm.config.inputs import InputSpec, TaskMemory
-from edge_rsvlm.config.task_specs import AnswerTask, DetectTask, MatchTask, OpenDetectTask, Tasks
+from edge_rsvlm.config.task_specs import AnswerTask, DetectTask, MatchTask, OpenDetectTask
 from edge_rsvlm.engines.fake import FakeSession
 from edge_rsvlm.errors import BundleError
 from edge_rsvlm.tasks import refer
@@ -18,7 +17,6 @@ from edge_rsvlm.tasks.detect import Detector, peaks
 from edge_rsvlm.tasks.match import Matcher
 from edge_rsvlm.tasks.open_detect import OpenDetector
 from edge_rsvlm.tasks.scores import sigmoid, softmax
-from edge_rsvlm.tasks.snap import snapped
 from edge_rsvlm.tasks.summary import summarise
 from edge_rsvlm.types import Boxes
 
@@ -276,32 +274,6 @@ def test_summary_leads_with_what_most_of_the_scene_agrees_on():
     assert summarise([], []) == ""
     assert summarise(["", "  "], [1, 1]) == ""
     assert summarise(["", sea], [9, 1]) == sea
-
-
-def test_written_boxes_move_onto_the_objects_they_mean():
-    written = np.array([[10.0, 10, 30, 30], [100, 100, 120, 120], [200, 10, 220, 30]])
-    seen = np.array([[14.0, 12, 32, 26], [12, 14, 30, 34], [108, 96, 124, 112], [160, 10, 178, 30]])
-    found = snapped(written, seen, np.array([0.6, 0.9, 0.5, 0.9], np.float32))
-    np.testing.assert_array_equal(found, [seen[1], seen[2], written[2]], "of two that are as near, the likelier")
-
-
-def test_no_object_is_taken_twice_and_none_changes_nothing():
-    written = np.array([[10.0, 10, 30, 30], [11, 11, 31, 31]])
-    seen = np.array([[12.0, 12, 32, 32]])
-    np.testing.assert_array_equal(snapped(written, seen, np.ones(1, np.float32)), [seen[0], written[1]])
-    np.testing.assert_array_equal(snapped(written, np.zeros((0, 4)), np.ones(0, np.float32)), written)
-
-
-def test_a_ground_task_that_snaps_needs_boxes_by_words_of_its_encoder():
-    from tests.coloured import DETECT
-    from tests.wide import GENERATE
-
-    ground = GENERATE | {"snap": True}
-    with pytest.raises(ValidationError, match="snaps to boxes"):
-        Tasks.model_validate({"ground": ground})
-    with pytest.raises(ValidationError, match="snaps to boxes"):
-        Tasks.model_validate({"ground": ground, "detect": DETECT | {"encoder": "another"}})
-    Tasks.model_validate({"ground": ground, "detect": DETECT | {"encoder": ground["encoder"]}})
 
 
 def test_objects_are_described_by_place_kind_and_rank_among_their_kind():

@@ -12,21 +12,17 @@ from edge_rsvlm.bundle import load_bundle
 from edge_rsvlm.errors import BudgetError
 from edge_rsvlm.pipeline import consume
 from edge_rsvlm.pipeline.requests import classifying, embedding
-from edge_rsvlm.pipeline.runtime import Runtime
 from edge_rsvlm.pipeline.session import Limits, Session
 from edge_rsvlm.pipeline.sharing import Shared
 from edge_rsvlm.raster.reader import open_raster
 from tests.scenes import UTM, pixels, write
 from tests.wide import (
     ANSWER,
-    GENERATE,
     LARGE,
     MATCH,
-    MEMORY,
     OPEN,
     POOLED,
     SEGMENT,
-    TEXT,
     TILES,
     WideEngine,
     runner,
@@ -190,21 +186,6 @@ def test_an_encoder_is_run_again_for_other_tiles_and_other_outputs(tmp_path):
     shared.keep(())
     shared.run(run, {"tiles": tiles + 1}, ["c3"])
     assert asked == [("c3",), ("c3", "c4"), ("c3", "c4"), ("c5",), ("c3",)]
-
-
-def test_a_task_that_snaps_to_boxes_encodes_once(engine, tmp_path):
-    boxes = {
-        "kind": "text_heat_map", "input": TILES, "encoder": "maps", "head": "cells", "encoder_outputs": ["c4"],
-        "text": TEXT, "query_prompt": "{label}", "classes": ["bright"], "stride": 4, "score_threshold": 0.5,
-        "like_threshold": 0.5, "nms_iou": 0.5, "max_boxes_per_tile": 9, "memory": MEMORY,
-    }  # fmt: skip
-    written = GENERATE | {"input": TILES, "encoder": "maps", "encoder_outputs": ["c3"], "snap": True}
-    bundle = load_bundle(write_bundle(tmp_path / "b", ground=written, detect=boxes), allow_unsigned=True)
-    runtime, tiles = Runtime(bundle, engine), np.zeros((1, 3, 8, 8), np.float32)
-    with runtime.sharing([bundle.manifest.tasks.ground]):
-        for outputs in (["c3"], ["c4"]):
-            runtime.open("maps").run({"tiles": tiles.copy()}, outputs)
-    assert engine.runs()["maps"] == 1
 
 
 def test_a_task_without_a_head_of_its_own_shares_what_the_encoder_gives(engine, tmp_path, scenes):

@@ -212,8 +212,6 @@ class GenerateTask(Model):
     """Beams are ranked by log-probability / length ** length_penalty (after Wu et al. 2016, section 7)."""
     boxes: BoxFormat | None = None
     snap: bool = False
-    """Boxes that it writes become those that the detect task's head sees at the same place in the same features: a
-    decoder places small objects coarsely. The detect task is a TextDetectTask on the same encoder."""
     vocabulary: str | None = None
     """As of TextEncoder, for what is asked."""
     memory: TaskMemory
@@ -234,6 +232,27 @@ class GgufTask(Model):
     """As of GenerateTask, for the words of the prompt: what llama.cpp reads of an image has no numbers of words."""
     max_tokens: int = Field(gt=0)
     boxes: BoxFormat | None = None
+    memory: TaskMemory
+
+
+class ReferTask(Model):
+    """Which objects a phrase means, of those that the bundle's detect task, a TextDetectTask, finds by its own classes.
+
+    ``graph`` reads the phrase beside a description of every object of the whole scene (``edge_rsvlm.tasks.refer``):
+    ``input_ids`` and ``attention_mask`` [N, T], ``objects`` [N, C, F] and ``objects_mask`` [N, C] -> ``logits`` [N, C].
+    An object is meant where the sigmoid of its logit reaches ``threshold``.
+    """
+
+    kind: Literal["refer"]
+    input: InputSpec
+    """That of the detect task: one pass over a scene serves both."""
+    graph: str
+    tokenizer: Tokenizer
+    vocabulary: str | None = None
+    """As of TextEncoder, for phrases."""
+    threshold: float = Field(gt=0, lt=1)
+    most_objects: int = Field(gt=0)
+    """The surest so many are described."""
     memory: TaskMemory
 
 
@@ -279,12 +298,12 @@ class MatchTask(Model):
 
 AnyDetectTask = Annotated[DetectTask | OpenDetectTask | TextDetectTask, Field(discriminator="kind")]
 AnyCaptionTask = Annotated[GenerateTask | GgufTask, Field(discriminator="kind")]
-AnyGroundTask = Annotated[GenerateTask | GgufTask | OpenDetectTask, Field(discriminator="kind")]
+AnyGroundTask = Annotated[GenerateTask | GgufTask | OpenDetectTask | ReferTask, Field(discriminator="kind")]
 AnyAskTask = Annotated[GenerateTask | GgufTask | AnswerTask, Field(discriminator="kind")]
 
 
 class Tasks(Model):
-    """What the bundle answers; the keys are the verbs. A ground task that snaps has a detect task to snap to."""
+    """What the bundle answers; the keys are the verbs. A ReferTask chooses of what a detect task by words finds."""
 
     detect: AnyDetectTask | None = None
     change: ChangeTask | None = None
@@ -296,9 +315,9 @@ class Tasks(Model):
     search: MatchTask | None = None
 
     @model_validator(mode="after")
-    def _snaps_to_boxes(self) -> Tasks:
-        if isinstance(self.ground, GenerateTask) and self.ground.snap:
+    def _refers_to_objects(self) -> Tasks:
+        if isinstance(self.ground, ReferTask):
             detect = self.detect
-            if not isinstance(detect, TextDetectTask) or detect.encoder != self.ground.encoder:
-                raise ValueError("the ground task snaps to boxes, and no detect task by words has its encoder")
+            if not isinstance(detect, TextDetectTask) or detect.input != self.ground.input:
+                raise ValueError("the ground task refers to objects, and no detect task by words has its input")
         return self

@@ -18,18 +18,28 @@ Find = Callable[[TileBatch, Kept], Sequence[Boxes]]
 """Boxes of the kept tiles of a batch, in pixels of what the model sees of each."""
 Describe = Callable[[float, int], dict[str, Any]]
 """From score and label of a box to what its record says beside ``box``."""
+Use = Callable[[Boxes], None]
+"""Of boxes in raster pixels, when they are final."""
 
 
 class SceneBoxes:
-    """A consumer that emits every box that suppression over the whole scene keeps; see ``_owned`` for ``margin_px``."""
+    """A consumer that will ``use`` every box that suppression over the whole scene keeps; see ``_owned`` for
+    ``margin_px``. ``conclude`` runs when all boxes were used."""
 
     def __init__(
-        self, view: View, find: Find, describe: Describe, emit: Emit, *, nms_iou: float, margin_px: float
+        self,
+        view: View,
+        find: Find,
+        use: Use,
+        outcome: Outcome,
+        *,
+        nms_iou: float,
+        margin_px: float,
+        conclude: Callable[[], None] = lambda: None,
     ) -> None:
-        self.outcome = Outcome()
-        self._view, self._find, self._describe, self._emit = view, find, describe, emit
+        self.outcome = outcome
+        self._view, self._find, self._use, self._conclude = view, find, use, conclude
         self._margin_px, self._merger = margin_px, BoxMerger(nms_iou)
-        self._mapper = mapper_of(view, self.outcome)
 
     def feed(self, tiles: TileBatch) -> None:
         kept = np.flatnonzero(tiles.valid_fraction_N > 0)
@@ -38,18 +48,26 @@ class SceneBoxes:
         with self.outcome.clock("merge"):
             pairs = zip(kept, found, strict=True)
             owned = [_owned(boxes, tiles, int(n), self._view, self._margin_px) for n, boxes in pairs]
-            self._release(self._merger.feed(concatenate([empty_boxes(), *owned]), tiles.frontier_row))
+            self._use(self._merger.feed(concatenate([empty_boxes(), *owned]), tiles.frontier_row))
 
     def finish(self) -> None:
         with self.outcome.clock("merge"):
-            self._release(self._merger.flush())
+            self._use(self._merger.flush())
+        self._conclude()
 
-    def _release(self, boxes: Boxes) -> None:
+
+def emitting(view: View, describe: Describe, emit: Emit, outcome: Outcome) -> Use:
+    """A use of boxes: each is emitted with what ``describe`` says of it; box x, y, w, h in raster pixels."""
+    mapper = mapper_of(view, outcome)
+
+    def use(boxes: Boxes) -> None:
         for xyxy, score, label in zip(boxes.xyxy_N4, boxes.scores_N, boxes.labels_N, strict=True):
             x0, y0, x1, y1 = (round(float(v), 2) for v in xyxy)
             box = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
-            geometry = feature_geometry([box_ring(xyxy)], self._mapper)
-            self._emit({**self._describe(float(score), int(label)), "box": box}, geometry)
+            geometry = feature_geometry([box_ring(xyxy)], mapper)
+            emit({**describe(float(score), int(label)), "box": box}, geometry)
+
+    return use
 
 
 def _owned(boxes: Boxes, tiles: TileBatch, n: int, view: View, margin_px: float) -> Boxes:

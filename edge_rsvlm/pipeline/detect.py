@@ -19,9 +19,9 @@ from edge_rsvlm.config.task_specs import (
     TextDetectTask,
 )
 from edge_rsvlm.errors import UsageError
-from edge_rsvlm.pipeline.boxes import Find, SceneBoxes
+from edge_rsvlm.pipeline.boxes import Find, SceneBoxes, emitting
 from edge_rsvlm.pipeline.cut import extent_xy
-from edge_rsvlm.pipeline.outcome import Emit
+from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.per_tile import Kept
 from edge_rsvlm.pipeline.runtime import Runtime
 from edge_rsvlm.pipeline.stream import TileBatch, View
@@ -78,7 +78,7 @@ def detect(runtime: Runtime, task: AnyDetectTask, view: View, query: DetectQuery
         find = _by_heat_map(runtime, task, query.score_threshold, [task.classes.index(label) for label in labels])
     elif isinstance(task, TextDetectTask):
         names, margin_px = labels, float(task.stride)
-        find = _by_vectors(runtime, task, labels, query)
+        find = by_vectors(runtime, task, labels, query)
     else:
         names, margin_px = labels, border_px(task)
         find = by_words(runtime, task, labels, query.score_threshold)
@@ -86,7 +86,9 @@ def detect(runtime: Runtime, task: AnyDetectTask, view: View, query: DetectQuery
     def describe(score: float, label: int) -> dict[str, Any]:
         return {"label": names[label], "score": round(score, 4)}
 
-    return SceneBoxes(view, find, describe, emit, nms_iou=task.nms_iou, margin_px=margin_px)
+    outcome = Outcome()
+    use = emitting(view, describe, emit, outcome)
+    return SceneBoxes(view, find, use, outcome, nms_iou=task.nms_iou, margin_px=margin_px)
 
 
 def border_px(task: OpenDetectTask | GenerateTask | GgufTask) -> float:
@@ -103,7 +105,8 @@ def _by_heat_map(runtime: Runtime, task: DetectTask, threshold: float | None, wa
     return find
 
 
-def _by_vectors(runtime: Runtime, task: TextDetectTask, labels: Sequence[str], query: DetectQuery) -> Find:
+def by_vectors(runtime: Runtime, task: TextDetectTask, labels: Sequence[str], query: DetectQuery) -> Find:
+    """Boxes like the vectors of words, or like that of an example; their labels are places in ``labels``."""
     usual = task.score_threshold if query.example_D is None else task.like_threshold
     threshold = usual if query.score_threshold is None else query.score_threshold
 

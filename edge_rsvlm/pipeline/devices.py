@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from edge_rsvlm.bundle import Bundle
-from edge_rsvlm.config.task_specs import Tasks
+from edge_rsvlm.config.task_specs import ReferTask, Tasks
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.pipeline.runtime import EngineFactory, cpu_engine
 
@@ -84,7 +84,8 @@ def with_gpu_memory(bundle: Bundle, resident: Mapping[str, int]) -> Bundle:
     for verb, task in bundle.manifest.tasks:
         if task is None:
             continue
-        graphs = set(_graphs(task)) & bundle.manifest.graphs.keys()
+        parts = [task, bundle.manifest.tasks.detect] if isinstance(task, ReferTask) else [task]
+        graphs = {name for part in parts for name in _graphs(part)} & bundle.manifest.graphs.keys()
         engines = sum(resident.get(name, 0) for name in graphs)
         cpu = task.memory.session_bytes if graphs - resident.keys() or not graphs else 0
         memory = task.memory.model_copy(update={"session_bytes": cpu + engines})

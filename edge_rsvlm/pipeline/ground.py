@@ -1,49 +1,85 @@
-"""Boxes for a referring phrase, from a model that writes them or from one that finds any words."""
+"""Boxes for a referring phrase: written by a model, found by one that takes any words, or chosen among objects."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
-from edge_rsvlm.config.task_specs import BoxFormat, GenerateTask, GgufTask, OpenDetectTask, TextDetectTask
+from edge_rsvlm.config.task_specs import BoxFormat, GenerateTask, GgufTask, OpenDetectTask, ReferTask
 from edge_rsvlm.errors import BundleError
-from edge_rsvlm.pipeline.boxes import Find, SceneBoxes
+from edge_rsvlm.merge.boxes import concatenate, empty_boxes, take
+from edge_rsvlm.pipeline.boxes import Describe, Find, SceneBoxes, emitting
 from edge_rsvlm.pipeline.cut import extent_xy
-from edge_rsvlm.pipeline.detect import border_px, by_words
-from edge_rsvlm.pipeline.outcome import Emit
+from edge_rsvlm.pipeline.detect import DetectQuery, border_px, by_vectors, by_words
+from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.per_tile import Kept
-from edge_rsvlm.pipeline.runtime import Runtime, detect_task
+from edge_rsvlm.pipeline.runtime import Runtime, object_task
 from edge_rsvlm.pipeline.stream import TileBatch, View
-from edge_rsvlm.tasks.encode import encode
 from edge_rsvlm.tasks.generate import parse_boxes
-from edge_rsvlm.tasks.snap import snapped
+from edge_rsvlm.tasks.refer import one_of_each
 from edge_rsvlm.tiles.prepare import Prepared
 from edge_rsvlm.types import Boxes
 
 WRITTEN_NMS_IOU = 0.5
 """A model that writes boxes says nothing of suppression; this only joins what two tiles saw of one object."""
-SNAP_SHARE = 0.5
-"""Of the detect task's threshold: that something is there was said already."""
 
 
 def ground(
-    runtime: Runtime, task: GenerateTask | GgufTask | OpenDetectTask, view: View, phrase: str, emit: Emit
+    runtime: Runtime,
+    task: GenerateTask | GgufTask | OpenDetectTask | ReferTask,
+    view: View,
+    phrase: str,
+    emit: Emit,
 ) -> SceneBoxes:
     """Emits the boxes of ``phrase``: ``{"label", "score", "box"}``, box x, y, w, h in raster pixels.
 
     Boxes that a model wrote have no score: None.
     """
+    if isinstance(task, ReferTask):
+        return _referred(runtime, task, view, phrase, emit)
     if isinstance(task, OpenDetectTask):
-        find, scored, nms_iou, margin_px = by_words(runtime, task, [phrase], None), True, task.nms_iou, border_px(task)
+        find, scored, nms_iou = by_words(runtime, task, [phrase], None), True, task.nms_iou
     else:
-        find, scored, nms_iou, margin_px = _written(runtime, task, phrase), False, WRITTEN_NMS_IOU, border_px(task)
+        find, scored, nms_iou = _written(runtime, task, phrase), False, WRITTEN_NMS_IOU
+    outcome = Outcome()
+    use = emitting(view, _describing(phrase, scored), emit, outcome)
+    return SceneBoxes(view, find, use, outcome, nms_iou=nms_iou, margin_px=border_px(task))
 
+
+def _describing(phrase: str, scored: bool) -> Describe:
     def describe(score: float, _: int) -> dict[str, Any]:
         return {"label": phrase, "score": round(score, 4) if scored else None}
 
-    return SceneBoxes(view, find, describe, emit, nms_iou=nms_iou, margin_px=margin_px)
+    return describe
+
+
+def _referred(runtime: Runtime, task: ReferTask, view: View, phrase: str, emit: Emit) -> SceneBoxes:
+    """Of the objects of the scene, those that the phrase means, best first.
+
+    Nothing is emitted before the end: which one is the largest, or the third from the left, is known only then.
+    """
+    spec, outcome = object_task(runtime.manifest), Outcome()
+    find = by_vectors(runtime, spec, spec.classes, DetectQuery())
+    found, send = [empty_boxes()], emitting(view, _describing(phrase, True), emit, outcome)
+
+    def choose() -> None:
+        every = concatenate(found)
+        objects = one_of_each(every, task.most_objects)
+        if len(objects.scores_N) == task.most_objects < len(every.scores_N):
+            outcome.warnings.append(
+                f"the phrase was read beside the {task.most_objects} surest of {len(every.scores_N)} objects: for the "
+                "others, give a part of the scene"
+            )
+        with outcome.clock("engine"):
+            scores_N = runtime.referrer(task)(phrase, objects, view.size)
+        order = np.argsort(-scores_N, kind="stable")
+        meant = order[scores_N[order] >= task.threshold]
+        send(take(Boxes(objects.xyxy_N4, scores_N, objects.labels_N), meant))
+
+    return SceneBoxes(
+        view, find, found.append, outcome, nms_iou=spec.nms_iou, margin_px=float(spec.stride), conclude=choose
+    )
 
 
 def _written(runtime: Runtime, task: GenerateTask | GgufTask, phrase: str) -> Find:
@@ -54,29 +90,9 @@ def _written(runtime: Runtime, task: GenerateTask | GgufTask, phrase: str) -> Fi
     def find(tiles: TileBatch, kept: Kept) -> list[Boxes]:
         images = tiles.dates[0].chosen(kept)
         answers = runtime.generator("ground", task)(images, phrase, None)
-        written = [_boxes(answer, form, image) for answer, image in zip(answers, images, strict=True)]
-        return _snapped(runtime, task, tiles, kept, written) if _snaps(task) else written
+        return [_boxes(answer, form, image) for answer, image in zip(answers, images, strict=True)]
 
     return find
-
-
-def _snaps(task: GenerateTask | GgufTask) -> TypeGuard[GenerateTask]:
-    return isinstance(task, GenerateTask) and task.snap
-
-
-def _snapped(
-    runtime: Runtime, task: GenerateTask, tiles: TileBatch, kept: Kept, written: Sequence[Boxes]
-) -> list[Boxes]:
-    """Onto what the detect task's head sees in the very pixels that the decoder looked at."""
-    spec = detect_task(runtime.manifest)
-    assert isinstance(spec, TextDetectTask), "the manifest was checked"
-    features = encode(runtime.open(task.encoder), tiles.dates[0].pixels_NCHW(kept), spec.encoder_outputs)
-    queries_QD = runtime.text_queries(spec, spec.classes)
-    seen = runtime.text_detector(spec)(features, queries_QD, SNAP_SHARE * spec.score_threshold)
-    return [
-        Boxes(snapped(boxes.xyxy_N4, objects.xyxy_N4, objects.scores_N), boxes.scores_N, boxes.labels_N)
-        for boxes, objects in zip(written, seen, strict=True)
-    ]
 
 
 def _boxes(answer: str, form: BoxFormat, image: Prepared) -> Boxes:

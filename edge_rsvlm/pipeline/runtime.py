@@ -26,6 +26,7 @@ from edge_rsvlm.config.task_specs import (
     MatchTask,
     OnnxDecoder,
     OpenDetectTask,
+    ReferTask,
     SegmentTask,
     Tasks,
     TextDetectTask,
@@ -42,6 +43,7 @@ from edge_rsvlm.tasks.generate import Generator, Vision
 from edge_rsvlm.tasks.gguf import GgufGenerator, VisionLanguageModel
 from edge_rsvlm.tasks.match import Matcher, embed_texts, unit
 from edge_rsvlm.tasks.open_detect import OpenDetector
+from edge_rsvlm.tasks.refer import Referrer
 from edge_rsvlm.tasks.segment import Segmenter
 from edge_rsvlm.tasks.text import Texts
 from edge_rsvlm.tasks.text_detect import TextDetector
@@ -50,7 +52,7 @@ from edge_rsvlm.types import InferenceSession, LanguageModel
 T = TypeVar("T")
 AnyTask = (
     DetectTask | OpenDetectTask | TextDetectTask | ChangeTask | GenerateTask | GgufTask | AnswerTask | MatchTask
-    | SegmentTask
+    | ReferTask | SegmentTask
 )  # fmt: skip
 
 
@@ -138,10 +140,9 @@ class Runtime:
     def sharing(self, tasks: Sequence[AnyTask]) -> Iterator[None]:
         """Within, an encoder that several of ``tasks`` use runs once on tiles that they look at in turn.
 
-        A task that snaps to boxes looks for them too.
+        A task that refers to objects sees as the detect task does, which finds them.
         """
-        boxes = [self.manifest.tasks.detect for task in tasks if isinstance(task, GenerateTask) and task.snap]
-        kept = shared_outputs([*tasks, *boxes])
+        kept = shared_outputs(self.manifest.tasks.detect if isinstance(task, ReferTask) else task for task in tasks)
         for encoder, outputs in kept.items():
             self._shared[encoder].keep(outputs)
         try:
@@ -184,6 +185,13 @@ class Runtime:
             return unit(embed_texts(text, self._texts(task.text), prompts, task.text.output))
 
         return self._once(("queries", task.head, *labels), make)
+
+    def referrer(self, task: ReferTask) -> Referrer:
+        def make() -> Referrer:
+            texts = Texts(task.tokenizer, self.bundle.path(task.tokenizer.file))
+            return Referrer(self.open(task.graph), texts, len(object_task(self.manifest).classes))
+
+        return self._once(("refer", task.graph), make)
 
     def change_detector(self, task: ChangeTask) -> ChangeDetector:
         return ChangeDetector(task, self.open(task.encoder), self.open(task.head))
@@ -313,6 +321,13 @@ def detect_task(manifest: Manifest) -> AnyDetectTask:
     return manifest.tasks.detect
 
 
+def object_task(manifest: Manifest) -> TextDetectTask:
+    """What finds the objects of a ReferTask; only for a manifest that has one."""
+    task = manifest.tasks.detect
+    assert isinstance(task, TextDetectTask), "the manifest was checked"
+    return task
+
+
 def change_task(manifest: Manifest) -> ChangeTask:
     if manifest.tasks.change is None:
         raise _lacking(manifest, "change")
@@ -331,7 +346,7 @@ def ask_task(manifest: Manifest) -> GenerateTask | GgufTask | AnswerTask:
     return manifest.tasks.ask
 
 
-def ground_task(manifest: Manifest) -> GenerateTask | GgufTask | OpenDetectTask:
+def ground_task(manifest: Manifest) -> GenerateTask | GgufTask | OpenDetectTask | ReferTask:
     if manifest.tasks.ground is None:
         raise _lacking(manifest, "ground")
     return manifest.tasks.ground

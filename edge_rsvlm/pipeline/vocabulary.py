@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.inputs import TextEncoder
-from edge_rsvlm.config.task_specs import GenerateTask, TextDetectTask
+from edge_rsvlm.config.task_specs import GenerateTask, ReferTask, TextDetectTask
 from edge_rsvlm.pipeline.runtime import AnyTask, task_of
 from edge_rsvlm.tasks.vocabulary import check_words
 
@@ -20,7 +20,7 @@ def check_texts(bundle: Bundle, verb: str, texts: Sequence[str]) -> None:
 
 def vocabulary_of(task: AnyTask) -> str | None:
     """The file of the words that a task takes; None where it takes any."""
-    if isinstance(task, GenerateTask):
+    if isinstance(task, (GenerateTask, ReferTask)):
         return task.vocabulary
     text = getattr(task, "text", None)
     return text.vocabulary if isinstance(text, TextEncoder) else None

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.types import Boxes
+from edge_rsvlm.tasks.scores import sigmoid
+from edge_rsvlm.tasks.text import Texts
+from edge_rsvlm.types import Boxes, InferenceSession
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -21,6 +23,25 @@ RANKS = 4
 ORDERS = 6
 """Ranks among objects of the same kind: from the left, right, top and bottom, by largest and smallest area."""
 PLACE = 8
+
+
+class Referrer:
+    """A phrase and the objects of an image -> how surely it means each. ``kinds`` is K."""
+
+    def __init__(self, graph: InferenceSession, texts: Texts, kinds: int) -> None:
+        self._graph, self._texts, self._kinds = graph, texts, kinds
+
+    def __call__(self, phrase: str, objects: Boxes, size: tuple[float, float]) -> F32:
+        """Scores [N] of the objects of an image of ``size`` (width, height); their labels are numbers of kinds."""
+        count = len(objects.scores_N)
+        if not count:
+            return np.zeros(0, np.float32)
+        seen = {
+            "objects": describe(objects, size, self._kinds)[None],
+            "objects_mask": np.ones((1, count), np.int64),
+        }
+        (logits_1N,) = self._graph.run({**self._texts.encode([phrase]), **seen}, ["logits"])
+        return sigmoid(logits_1N[0])
 
 
 def feature_count(kinds: int) -> int:

@@ -22,14 +22,16 @@ from edge_rsvlm.config.task_specs import (
     GenerateTask,
     GgufTask,
     OpenDetectTask,
+    ReferTask,
     SegmentTask,
     TextDetectTask,
 )
-from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, detect_task, task_of
+from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, object_task, task_of
 from edge_rsvlm.pipeline.scaling import per_channel
 from edge_rsvlm.tasks.encode import encode
 from edge_rsvlm.tasks.search import Sampling
 from edge_rsvlm.tiles.prepare import Prepared, prepare
+from edge_rsvlm.types import Boxes
 
 TILES = 4
 UNBOUNDED = 0
@@ -61,32 +63,34 @@ def runner(runtime: Runtime, verb: str) -> Run:
         segmenter, encoder = runtime.segmenter(task, ["trees"]), runtime.open(task.encoder)
         return lambda n: segmenter.embeddings(encode(encoder, pixels(task.input, n), task.encoder_outputs))
     if isinstance(task, TextDetectTask):
-        return finder(runtime, task.input)
+        return finder(runtime, task)
+    if isinstance(task, ReferTask):
+        find, choose = finder(runtime, object_task(runtime.manifest)), chooser(runtime, task)
+        return lambda n: (find(n), choose())
     matcher = runtime.matcher(verb, task)
     return lambda n: (matcher.texts([TEXT]), matcher.images(pixels(task.input, n)))
 
 
-def finder(runtime: Runtime, spec: InputSpec) -> Run:
-    """The detect task by words on tiles of ``spec``."""
-    task = detect_task(runtime.manifest)
-    assert isinstance(task, TextDetectTask)
+def finder(runtime: Runtime, task: TextDetectTask) -> Run:
+    """The classes of the detect task, looked for by their words."""
     detector, encoder = runtime.text_detector(task), runtime.open(task.encoder)
     queries_QD, least = runtime.text_queries(task, task.classes), task.score_threshold
-    return lambda n: detector(encode(encoder, pixels(spec, n), task.encoder_outputs), queries_QD, least)
+    return lambda n: detector(encode(encoder, pixels(task.input, n), task.encoder_outputs), queries_QD, least)
 
 
 def writer(runtime: Runtime, verb: str, task: GenerateTask | GgufTask) -> Run:
-    """A short answer; boxes in it that snap to objects need the detect task too."""
+    """A short answer."""
     generator = runtime.generator(verb, task)
     short = Sampling(temperature=0.0, max_tokens=min(ANSWER_TOKENS, task.max_tokens))
+    return lambda n: generator([prepared(task.input, k) for k in range(n)], TEXT, short)
 
-    def write(count: int) -> object:
-        return generator([prepared(task.input, k) for k in range(count)], TEXT, short)
 
-    if isinstance(task, GgufTask) or not task.snap:
-        return write
-    find = finder(runtime, task.input)
-    return lambda n: (write(n), find(n))
+def chooser(runtime: Runtime, task: ReferTask) -> Callable[[], object]:
+    """A phrase read beside as many objects as it can be."""
+    count, side, referrer = task.most_objects, task.input.tile_px, runtime.referrer(task)
+    corners = np.sort(np.random.default_rng(0).uniform(0, side, (2, count, 2)), axis=0)
+    objects = Boxes(np.hstack([*corners]), np.ones(count, np.float32), np.zeros(count, np.int64))
+    return lambda: referrer(TEXT, objects, (side, side))
 
 
 def prepared(spec: InputSpec, seed: int) -> Prepared:

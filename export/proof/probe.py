@@ -14,7 +14,7 @@ import edge_rsvlm
 from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.inputs import InputSpec, TextEncoder, Tokenizer
 from edge_rsvlm.config.manifest import Manifest
-from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask
+from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, ReferTask
 from edge_rsvlm.export.families.base import Arrays, GraphInput
 from edge_rsvlm.pipeline.scaling import per_channel
 from edge_rsvlm.tasks.text import Texts
@@ -77,7 +77,7 @@ def tokenizer_of(manifest: Manifest, graph: str) -> Tokenizer | None:
     for _, task in manifest.tasks:
         if isinstance(task, GenerateTask) and task.decoder.kind == "onnx" and graph == task.decoder.embed:
             return task.tokenizer
-        if isinstance(task, AnswerTask) and graph == task.graph:
+        if isinstance(task, (AnswerTask, ReferTask)) and graph == task.graph:
             return task.tokenizer
         text = getattr(task, "text", None)
         if isinstance(text, TextEncoder) and graph == text.graph:
@@ -106,7 +106,7 @@ def graph_inputs(
 
 
 def _other(given: GraphInput, made: Mapping[str, NDArray[Any]], length: int, rng: np.random.Generator) -> NDArray[Any]:
-    """Embeddings, positions, empty caches, features of regions."""
+    """Embeddings, positions, empty caches, features of regions or objects."""
     if given.name in made:
         return made[given.name]
     date, _, level = given.name.partition("_")
@@ -118,6 +118,8 @@ def _other(given: GraphInput, made: Mapping[str, NDArray[Any]], length: int, rng
         return positions
     if given.name == "attention_mask":
         return np.ones((1, length), np.int64)
+    if given.name == "objects_mask":
+        return np.ones((1, STEP_TOKENS), np.int64)
     if "past" in given.shape:
         _, heads, _, width = given.shape
         return np.zeros((1, int(heads), 0, int(width)), np.float32)

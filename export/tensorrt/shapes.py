@@ -15,7 +15,7 @@ import onnx
 from edge_rsvlm.budget import BATCHES
 from edge_rsvlm.config.inputs import InputSpec, TextEncoder
 from edge_rsvlm.config.manifest import Manifest, ShapeRange
-from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, OnnxDecoder
+from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, OnnxDecoder, ReferTask
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.export.tensorrt.dims import Dims, dims_of, inputs, size_of
 from edge_rsvlm.pipeline.runtime import AnyTask
@@ -71,6 +71,9 @@ class _Sizes:
             return [batch, (1, MOST_REGIONS // 2, MOST_REGIONS), (0, 0, 0)]
         if role in ("input_ids", "token_type_ids") or (role == "attention_mask" and not self._decoding()):
             return [batch, self._tokens()]
+        if role in ("objects", "objects_mask") and (referring := self._referring()):
+            most = max(task.most_objects for task in referring)
+            return [batch, (1, -(-most // 2), most), *([(0, 0, 0)] if role == "objects" else [])]
         if generating := self._decoding():
             return self._decoder(role, batch, generating)
         return self._feature_map(role)
@@ -90,12 +93,18 @@ class _Sizes:
             and self.name in (task.decoder.graph, task.decoder.embed)
         ]
 
+    def _referring(self) -> list[ReferTask]:
+        """Tasks whose phrases this graph reads."""
+        return [task for task in self._tasks() if isinstance(task, ReferTask) and task.graph == self.name]
+
     def _batch(self) -> Sizes:
         if tasks := self._decoding():
             beams = max(task.beams for task in tasks)
             # At least two, so that engines know which axis the batch is.
             images = max(2, min(BATCH, CACHE_BYTES // max(_cache_bytes(task) for task in tasks)))
             return 1, beams, beams * images
+        if self._referring():
+            return 1, 1, 2  # one phrase at a time; two, so that engines know which axis the batch is
         if any(text.graph == self.name for text in self._texts()):
             return 1, 1, TEXTS_AT_ONCE
         seeing = [task for task in self._tasks() if self.name == getattr(task, "encoder", None)]
@@ -112,6 +121,7 @@ class _Sizes:
             most = max(_prompt_tokens(task) for task in tasks)
             return 1, 1, most
         asking = [task.tokenizer for task in self._tasks() if isinstance(task, AnswerTask) and task.graph == self.name]
+        asking += [task.tokenizer for task in self._referring()]
         found = [*asking, *(text.tokenizer for text in self._texts() if text.graph == self.name)]
         if found and all(tokenizer.pad_to for tokenizer in found):
             padded = max(tokenizer.pad_to or 0 for tokenizer in found)
