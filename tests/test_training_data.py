@@ -125,6 +125,23 @@ def test_phrases_relate_to_the_only_object_of_another_kind():
     assert "the car next to the truck" not in found, "both are nearly as far"
 
 
+def test_every_phrase_is_known_beforehand(tokenizer):
+    from edge_rsvlm.export.default.data.objects import CLASSES
+    from edge_rsvlm.export.default.data.phrases import NAMES, every_phrase
+
+    rng, known, found = np.random.default_rng(0), set(every_phrase()), set()
+    assert tuple(NAMES) == CLASSES
+    names = [name for names in NAMES.values() for name in names]
+    for _ in range(600):
+        count = int(rng.integers(1, 8))
+        corner = rng.uniform(0, 350, (count, 2))
+        some = rng.choice(names, 2, replace=False)
+        found |= said(np.hstack([corner, corner + rng.uniform(5, 60, (count, 2))]), rng.choice(some, count)).keys()
+    assert found <= known and len(found) > 0.9 * len(known)
+    for words in known:
+        assert tokenizer.decode(tokenizer.encode(words).ids) == words
+
+
 def test_questions_follow_from_labels_and_classes():
     from edge_rsvlm.export.default.data.questions import THEME, asked, made, themes
     from edge_rsvlm.export.default.data.scenes import Scene
@@ -277,7 +294,7 @@ def test_layouts_keep_what_a_phrase_means_however_the_detector_errs(tokenizer):
     plane, car = CLASSES.index("airplane"), CLASSES.index("car")
     boxes = np.array([[0.1, 0.2, 0.15, 0.25], [0.5, 0.2, 0.6, 0.3], [0.8, 0.5, 0.83, 0.53]])
     layout = Layout(boxes, np.array([plane, plane, car]), (1.0, 0.6))
-    config = DEFAULTS | {"layouts": 40, "made_up": 0.3}
+    config = DEFAULTS | {"layouts": 40, "made_up": 0.3, "absent": 0.0}
     maker = BatchMaker([layout], tokenizer, config, np.random.default_rng(1))
     batch = maker()
     known, meant = batch["objects_mask"] == 1, batch["meant"] == 1
@@ -289,6 +306,18 @@ def test_layouts_keep_what_a_phrase_means_however_the_detector_errs(tokenizer):
             other.boxes[:, 2:] <= np.array(other.size) + 1e-9
         ).all()
     assert len({other.size for other in turned}) == 2
+
+
+def test_a_phrase_for_what_is_not_there_means_nothing(tokenizer):
+    from edge_rsvlm.export.default.data.objects import CLASSES
+    from edge_rsvlm.export.default.stages.refer import DEFAULTS, BatchMaker, Layout
+
+    layout = Layout(np.array([[0.1, 0.2, 0.15, 0.25], [0.5, 0.2, 0.6, 0.3]]), np.zeros(2, np.int64), (1.0, 0.6))
+    maker = BatchMaker([layout], tokenizer, DEFAULTS | {"layouts": 40, "absent": 1.0}, np.random.default_rng(1))
+    assert not maker()["meant"].any()
+    said = [phrase.words for _ in range(40) if (phrase := maker._absent(layout))]
+    head = [words.split(" the ")[0] for words in said]
+    assert len(said) > 20 and not any(CLASSES[0] in words or "plane" in words for words in head)
 
 
 def test_padding_changes_no_choice(tokenizer):

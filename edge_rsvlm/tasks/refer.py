@@ -8,6 +8,7 @@ Letters: N objects, K kinds, F features, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ class Referrer:
         count = len(objects.scores_N)
         if not count:
             return np.zeros(0, np.float32)
-        seen = {
+        seen: dict[str, NDArray[Any]] = {
             "objects": describe(objects, size, self._kinds)[None],
             "objects_mask": np.ones((1, count), np.int64),
         }

@@ -14,14 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from edge_rsvlm.export.default.data.objects import SETS, ObjectSet
+from edge_rsvlm.export.default.data.objects import GENERAL, SETS, ObjectSet
 from edge_rsvlm.export.default.data.phrases import Objects, phrases
 from edge_rsvlm.export.default.data.questions import asked
 from edge_rsvlm.export.default.data.scenes import Scene, read_scenes
 from edge_rsvlm.export.default.data.words import class_words
 from edge_rsvlm.export.default.splits import held_out
-from edge_rsvlm.export.default.stages.crops import LEAST_PX, MOST_OBJECTS, SPOKEN
 
+MOST_OBJECTS, LEAST_PX = 12, 10.0
+"""Of an image whose objects can be pointed at."""
+SPOKEN = {kind: general for general, finer in GENERAL.items() for kind in finer}
+"""Phrases speak of airplanes and trucks: few know a trainer from a fighter."""
 PHRASES_EACH = 6
 """Of an image, spread over the rules."""
 TYPES = {"What is the theme": "theme", "Does this": "presence", "How many": "count", "What is the location": "location"}

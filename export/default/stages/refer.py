@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from edge_rsvlm.export import artifact
 from edge_rsvlm.export.default.data.labels import read_boxes
 from edge_rsvlm.export.default.data.objects import CLASSES, KINDS, QUERIES, SETS
-from edge_rsvlm.export.default.data.phrases import Objects, phrases
+from edge_rsvlm.export.default.data.phrases import NAMES, Objects, Phrase, phrases
 from edge_rsvlm.export.default.loop import ahead, device, train
 from edge_rsvlm.export.default.model.refer import Refer
 from edge_rsvlm.export.default.splits import held_out
@@ -31,8 +31,17 @@ from edge_rsvlm.tasks.refer import describe, feature_count
 from edge_rsvlm.types import Boxes
 
 NAME = "refer"
-DEFAULTS: dict[str, Any] = {"minutes": 12.0, "layouts": 64, "made_up": 0.5, "rate": 1e-3, "dropout": 0.1, "seed": 0}
-MOST_OBJECTS = 24
+DEFAULTS: dict[str, Any] = {
+    "minutes": 12.0,
+    "layouts": 64,
+    "made_up": 0.5,
+    "absent": 0.1,
+    "rate": 1e-3,
+    "dropout": 0.1,
+    "seed": 0,
+}
+"""``absent``: share of phrases that mean nothing in the layout."""
+MOST_OBJECTS = 48
 MISSED, INVENTED, CONFUSED, SHIFT = 0.04, 0.04, 0.03, 0.05
 """How a detector errs: shares of objects missed, added, called another kind; boxes are off by this share of them."""
 CLASS_OF = {kind: CLASSES.index(q.words[0]) for q in QUERIES if q.words[0] in CLASSES for kind in q.kinds}
@@ -99,8 +108,7 @@ class BatchMaker:
     def __call__(self) -> Batch:
         rows: list[tuple[str, npt.NDArray[np.float32], npt.NDArray[np.bool_]]] = []
         while len(rows) < self.config["layouts"]:
-            made_up = self.rng.random() < self.config["made_up"]
-            row = self._row(self._made_up() if made_up else self._part())
+            row = self._row(self._made_up() if self.rng.random() < self.config["made_up"] else self._part())
             if row is not None:
                 rows.append(row)
         most = max(len(described) for _, described, _ in rows)
@@ -150,10 +158,9 @@ class BatchMaker:
         count = len(layout.boxes)
         if not 0 < count <= MOST_OBJECTS:
             return None
-        said = phrases(Objects(layout.boxes, [CLASSES[k] for k in layout.classes], layout.size))
-        if not said:
+        phrase = self._absent(layout) if self.rng.random() < self.config["absent"] else self._phrase(layout)
+        if phrase is None:
             return None
-        phrase = said[int(self.rng.integers(len(said)))]
         kept = self.rng.random(count) >= MISSED
         if not kept[list(phrase.boxes)].all():
             return None
@@ -161,6 +168,19 @@ class BatchMaker:
         true[list(phrase.boxes)] = True
         found, true = self._detected(layout, kept, true)
         return phrase.words, describe(found, layout.size, len(CLASSES)), true
+
+    def _phrase(self, layout: Layout) -> Phrase | None:
+        names = [str(self.rng.choice(NAMES[name])) for name in CLASSES]
+        said = phrases(Objects(layout.boxes, [names[k] for k in layout.classes], layout.size))
+        return said[int(self.rng.integers(len(said)))] if said else None
+
+    def _absent(self, layout: Layout) -> Phrase | None:
+        """A phrase for an object of another layout, whose kind is not in this one: it means none of these."""
+        other = self._made_up()
+        phrase = self._phrase(other)
+        if phrase is None or other.classes[phrase.boxes[0]] in layout.classes:
+            return None
+        return Phrase(phrase.words, ())
 
     def _detected(
         self, layout: Layout, kept: npt.NDArray[np.bool_], true: npt.NDArray[np.bool_]
