@@ -146,8 +146,8 @@ class BatchMaker:
         return Layout(boxes, layout.classes, (width, height))
 
     def _made_up(self) -> Layout:
-        """Objects of few kinds anywhere: real layouts repeat themselves."""
-        count = int(self.rng.integers(1, 13))
+        """Objects of few kinds anywhere, few more often than many: real layouts repeat themselves."""
+        count = int(np.exp(self.rng.uniform(0, np.log(MOST_OBJECTS + 1))))
         kinds = self.rng.choice(len(CLASSES), int(self.rng.integers(1, 4)), replace=False)
         size = (1.0, float(self.rng.uniform(0.5, 1.0)))
         centre = self.rng.uniform(0.03, 0.97, (count, 2)) * size
