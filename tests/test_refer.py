@@ -13,6 +13,7 @@ from edge_rsvlm.config.task_specs import Tasks
 from edge_rsvlm.engines.fake import FakeSession
 from edge_rsvlm.pipeline.devices import with_gpu_memory
 from edge_rsvlm.pipeline.session import Session
+from edge_rsvlm.pipeline.vocabulary import understood
 from edge_rsvlm.tasks import refer
 from edge_rsvlm.types import Boxes
 from tests.coloured import DETECT, REFER, Engine, things, use_engine, write_bundle
@@ -128,6 +129,12 @@ def test_on_a_gpu_it_takes_the_engines_of_the_detect_task_too(tmp_path):
     resident = dict.fromkeys(("eye", "cells", "names", "choice"), 1000)
     tasks = with_gpu_memory(load_bundle(folder, allow_unsigned=True), resident).manifest.tasks
     assert (tasks.detect.memory.session_bytes, tasks.ground.memory.session_bytes) == (3000, 4000)
+
+
+def test_texts_that_a_task_understands_are_told_from_others(tmp_path):
+    texts = ("the red", "a photo of a thing", "Blue, largest!")
+    made = load_bundle(bundle(tmp_path / "b"), allow_unsigned=True)
+    assert understood(made, "ground", texts) == (texts[0], texts[2]) and understood(made, "detect", texts) == texts[1:2]
 
 
 def test_no_object_needs_no_run():

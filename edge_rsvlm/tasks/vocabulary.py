@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from edge_rsvlm.errors import BundleError, UsageError
@@ -25,8 +25,7 @@ def check_words(texts: Sequence[str], vocabulary: Path | None, *, examples: bool
     if vocabulary is None:
         return
     known = read_vocabulary(vocabulary)
-    wanted = dict.fromkeys(word for text in texts for word in words(text))
-    unknown = [word for word in wanted if word not in known]
+    unknown = unknown_words(texts, known)
     if not unknown:
         return
     ordered = sorted(known)
@@ -34,6 +33,11 @@ def check_words(texts: Sequence[str], vocabulary: Path | None, *, examples: bool
     hint = f"the nearest that it knows: {', '.join(near)}" if near else "say it in other words"
     advice = ", or give an example: detect --like IMAGE#x,y,w,h" if examples else ""
     raise UsageError(f"this bundle never learnt {_quoted(unknown)}", fix=f"{hint}{advice}")
+
+
+def unknown_words(texts: Sequence[str], known: Set[str]) -> list[str]:
+    """Each word of ``texts`` that is not known, once."""
+    return [word for word in dict.fromkeys(word for text in texts for word in words(text)) if word not in known]
 
 
 def words(text: str) -> list[str]:

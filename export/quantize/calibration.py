@@ -29,6 +29,7 @@ from edge_rsvlm.pipeline.detect import DetectQuery
 from edge_rsvlm.pipeline.engines import CpuEngine
 from edge_rsvlm.pipeline.runtime import Engine
 from edge_rsvlm.pipeline.session import Limits, Session
+from edge_rsvlm.pipeline.vocabulary import understood
 from edge_rsvlm.raster.inputs import Source, list_inputs
 from edge_rsvlm.tasks.search import Sampling
 
@@ -93,15 +94,17 @@ def record(
 ) -> tuple[Samples, Calibration]:
     """Run every task of ``bundle`` over ``images`` and leave what the graphs were fed in ``folder``.
 
-    Tasks that take words get those of ``images.texts``, or are left out where there are none; two dates are an image
-    and the one before it, or itself where the two do not match. UsageError where there is no image, InputError for one
-    that cannot be read. ``engine`` stands in for ONNX Runtime and llama.cpp in tests.
+    Tasks that take words get those of ``images.texts``, phrases for objects those of them that are understood, or are
+    left out where there are none; two dates are an image and the one before it, or itself where the two do not match.
+    UsageError where there is no image, InputError for one that cannot be read. ``engine`` stands in for ONNX Runtime
+    and llama.cpp in tests.
     """
     sources = chosen(images)
     recorder = RecordingEngine(engine or CpuEngine(1, UNBOUNDED), bundle, folder, most_bytes)
     session = _OneByOne(bundle, Limits(ANY_MEMORY), lambda *_: recorder)
     pairs = _pairs(bundle, images)
-    run = _Run(session, images.texts, _tokens(bundle), bool(pairs))
+    phrases = understood(bundle, "ground", images.texts) if bundle.manifest.tasks.ground else ()
+    run = _Run(session, images.texts, phrases, _tokens(bundle), bool(pairs))
     for index, source in enumerate(sources):
         progress(index, len(sources))
         recorder.image = index
@@ -194,6 +197,8 @@ class _Run:
 
     session: Session
     texts: tuple[str, ...]
+    phrases: tuple[str, ...]
+    """Of the texts: phrases for objects may have fewer words than questions and classes."""
     tokens: int
     apart: bool
     """Changes have pairs of their own."""
@@ -211,13 +216,13 @@ class _Run:
             self.session.embed(path, lambda *_: None)
         if text is not None:
             self._with_words(path, text)
+        if _recorded(tasks.ground) and self.phrases:
+            self.session.ground(path, self.phrases[index % len(self.phrases)], _nowhere)
 
     def _with_words(self, path: str, text: str) -> None:
         tasks = self.session.tasks
         if _recorded(tasks.ask) and getattr(tasks.ask, "input", None) is not None:
             self.session.ask(path, text, _nowhere, sampling=self._sampling(tasks.ask))
-        if _recorded(tasks.ground):
-            self.session.ground(path, text, _nowhere)
         if isinstance(tasks.detect, OpenDetectTask):
             self.session.detect(path, DetectQuery(self.texts), _nowhere)
         if tasks.classify is not None:
