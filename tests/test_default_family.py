@@ -1,246 +1,258 @@
-"""The default model as one family among others: its stages exported with an adapter, its captioner fine-tuned."""
+"""The default model as one family among others: its stages, untrained, exported; every verb answers from the bundle."""
 
 from __future__ import annotations
 
-import io
+import dataclasses
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs torch: not installed")
 pytest.importorskip("transformers", reason="needs transformers: not installed")
-peft = pytest.importorskip("peft", reason="needs peft: not installed")
 
-from edge_rsvlm.bundle import load_bundle  # noqa: E402
-from edge_rsvlm.errors import BundleError, InputError  # noqa: E402
+import edge_rsvlm.cli  # noqa: E402
+from edge_rsvlm.bundle import Rules, load_bundle  # noqa: E402
+from edge_rsvlm.engines.onnxruntime import OnnxRuntimeEngine  # noqa: E402
+from edge_rsvlm.errors import InputError  # noqa: E402
 from edge_rsvlm.export import artifact  # noqa: E402
-from edge_rsvlm.export.adapters.reading import read_adapter  # noqa: E402
-from edge_rsvlm.export.adapters.resolve import resolve  # noqa: E402
-from edge_rsvlm.export.adapters.updates import merge  # noqa: E402
 from edge_rsvlm.export.chain import run_export  # noqa: E402
-from edge_rsvlm.export.checkpoint.reading import MemoryTensor  # noqa: E402
-from edge_rsvlm.export.default import finetune as captions  # noqa: E402
+from edge_rsvlm.export.default import thresholds  # noqa: E402
 from edge_rsvlm.export.default.checkpoint import DefaultModel, is_stages, open_stages  # noqa: E402
-from edge_rsvlm.export.default.data import contents  # noqa: E402
-from edge_rsvlm.export.default.data.captions import BOS_ID, train_tokenizer  # noqa: E402
-from edge_rsvlm.export.default.describe import Thresholds, read_thresholds, write_thresholds  # noqa: E402
-from edge_rsvlm.export.default.model.decoder import Captioner, DecoderConfig  # noqa: E402
-from edge_rsvlm.export.default.stages.joint import Joint  # noqa: E402
-from edge_rsvlm.export.finetuning.recipe import FinetuneRecipe, load_finetune_recipe  # noqa: E402
-from edge_rsvlm.export.finetuning.run import finetune  # noqa: E402
-from edge_rsvlm.export.finetuning.samples import read_samples  # noqa: E402
-from edge_rsvlm.export.recipe import AdapterChoice, Recipe  # noqa: E402
-from edge_rsvlm.export.steps import parity as parity_step  # noqa: E402
+from edge_rsvlm.export.default.data.objects import CLASSES, ObjectData, ObjectSet  # noqa: E402
+from edge_rsvlm.export.default.describe import Thresholds, read_thresholds  # noqa: E402
+from edge_rsvlm.export.default.family import CUT_STAGES, Default  # noqa: E402
+from edge_rsvlm.export.families.base import Source  # noqa: E402
+from edge_rsvlm.export.proof.accuracy import compare_answers  # noqa: E402
+from edge_rsvlm.export.quantize.calibration import graphs_without_calls, record  # noqa: E402
+from edge_rsvlm.export.quantize.settings import CalibrationImages  # noqa: E402
+from edge_rsvlm.export.recipe import BundleFacts, Recipe  # noqa: E402
+from edge_rsvlm.export.steps.quantize import quantize  # noqa: E402
 from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine  # noqa: E402
+from edge_rsvlm.raster.inputs import list_inputs  # noqa: E402
+from edge_rsvlm.verify import verify  # noqa: E402
+from tests.default_stages import CUTS, WORDS, write_stages  # noqa: E402
 
-SAID = ("two ships in the left", "a harbour", "many airplanes, and a road", "no roofs")
-GRAPHS = {"encoder", "detect", "change", "caption_prefix", "caption_embed", "caption_decoder"}
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+FACTS = BundleFacts(name="untrained")
+"""By another name it is no older version of the packaged bundle."""
+GRAPHS = {
+    "encoder", "detect", "segment", "change", "match", "text", "language_prefix", "language_embed", "language_decoder",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """An untrained model as ``train`` leaves it."""
-    folder = tmp_path_factory.mktemp("stages")
-    torch.manual_seed(0)
-    joint, tokenizer = Joint(), train_tokenizer([*SAID])
-    captioner = Captioner(DecoderConfig(tokenizer.get_vocab_size()))
-    for module in (joint, captioner):
-        for name, values in module.state_dict().items():
-            if name.endswith(("score.1.weight", "sides.1.weight", "out.weight", "proj.weight", "running_mean")):
-                values.normal_(0, 0.1)
-    written = {"joint": joint.state_dict(), "change": joint.change.state_dict(), "caption": captioner.state_dict()}
-    texts = {"caption": {"tokenizer.json": tokenizer.to_str()}}
-    made = [
-        artifact.write(folder / name, name, artifact.stage_hash(name, {}, []), {}, {}, state, texts.get(name))
-        for name, state in written.items()
-    ]
-    write_thresholds(folder, made[:2], Thresholds(detect=0.35, change=0.45))
-    return folder
+    return write_stages(tmp_path_factory.mktemp("stages"))
 
 
-@pytest.fixture
-def data(tmp_path):
-    """A ``.tar`` of four images, and a JSONL that tells more of each than its captions."""
-    with tarfile.open(tmp_path / "train.tar", "w") as tar:
-        for number in range(len(SAID)):
-            noise = np.random.default_rng(number).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-            file = io.BytesIO()
-            Image.fromarray(noise).resize((130, 90)).save(file, "PNG")
-            info = tarfile.TarInfo(f"{number}.png")
-            info.size = file.tell()
-            tar.addfile(info, io.BytesIO(file.getvalue()))
-    lines = [{"image": f"{n}.png", "scene": "x", "captions": [f"{said} ."]} for n, said in enumerate(SAID)]
-    path = tmp_path / "train.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+@pytest.fixture(scope="module")
+def recipe(stages, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    return Recipe(checkpoint=stages, target="onnx:f32", out=folder / "bundle", work=folder / "work", bundle=FACTS)
+
+
+@pytest.fixture(scope="module")
+def exported(recipe):
+    """The bundle in full precision."""
+    run_export(recipe, lambda *_: None)
+    return load_bundle(recipe.out, allow_unsigned=True, allow_older=True)
+
+
+def scene(path, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((240, 200)).save(path)
     return path
 
 
-def recipe_of(stages, data, out, **changes):
-    given = {"checkpoint": stages, "data": data, "images": data.with_suffix(".tar"), "out": out, "steps": 2, "batch": 4}
-    return FinetuneRecipe(**{**given, **changes})
+@pytest.fixture
+def image(tmp_path):
+    return scene(tmp_path / "scene.png")
 
 
-def greedy(model, tile, count):
-    """Tokens of a caption, the whole sequence read anew for each."""
-    tokens = []
+@pytest.fixture
+def run(exported):
+    def call(verb, *arguments):
+        options = ["--bundle", str(exported.folder), "--allow-unsigned"]
+        done = CliRunner().invoke(edge_rsvlm.cli.cli, [verb, *map(str, arguments), *options])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return done
+
+    return call
+
+
+def test_graphs_compute_what_the_stages_do(stages, exported):
+    manifest = exported.manifest
+    assert set(manifest.graphs) == GRAPHS == {case.graph for case in manifest.probe}
+    assert verify(exported.folder, Rules(allow_unsigned=True, allow_older=True)).passed
+    model, source = DefaultModel.from_pretrained(stages), Source(stages, open_stages(stages).config)
+    torch.manual_seed(1)
+    engine = OnnxRuntimeEngine(threads=1)
     with torch.no_grad():
-        c5 = model.encoder(tile)["c5"]
-        for _ in range(count):
-            tokens.append(int(model(c5, torch.tensor([[BOS_ID, *tokens]])).logits[0, -1].argmax()))
-    return tokens
+        for plan in Default().graphs(source):
+            inputs = {given.name: example(given, plan.sizes) for given in plan.inputs}
+            expected = plan.wrap(model)(*inputs.values())
+            session = engine.open(exported.path(manifest.graphs[plan.name].file))
+            found = session.run({name: value.numpy() for name, value in inputs.items()}, plan.outputs)
+            expected = expected if isinstance(expected, tuple) else (expected,)
+            for name, here, there in zip(plan.outputs, found, expected, strict=True):
+                error = np.abs(here - there.numpy()).max() / max(1.0, float(there.abs().max()))
+                assert error < 1e-4, f"{plan.name}.{name}: {error}"
 
 
-def test_fine_tuned_exported_and_equal_to_the_adapter_not_merged(stages, data, tmp_path, monkeypatch):
-    adapter = finetune(recipe_of(stages, data, tmp_path / "lora", steps=30, rate=1e-2))
-    log = json.loads((adapter / "training.json").read_text())
-    assert log["samples"] == len(SAID) and log["losses"][-1] < 0.5 * log["losses"][0]
-    assert not list(tmp_path.glob(".lora*"))
-    assert len(read_adapter(adapter).factors) == 4 * 7
-
-    adapters, out, work = (AdapterChoice(path=adapter),), tmp_path / "bundle", tmp_path / "work"
-    recipe = Recipe(checkpoint=stages, target="onnx:f16", out=out, work=work, adapters=adapters)
-    run_export(recipe, lambda *_: None)
-    bundle = load_bundle(out, allow_unsigned=True, allow_older=True)
-    manifest = bundle.manifest
-    assert [step.step for step in manifest.steps] == ["checkpoint", "merge_lora", "compile_onnx", "parity"]
-    assert manifest.name == "edge-rsvlm-default-lora" and not manifest.accuracy
-    assert manifest.licence.startswith("research") and len(manifest.training_data) > 5
-    assert {case.graph for case in manifest.probe} == set(manifest.graphs) == GRAPHS
-    assert manifest.tasks.detect.score_threshold == 0.35 and manifest.tasks.change.threshold == 0.45
-    assert all(task.memory.measured for _, task in manifest.tasks if task is not None)
-
-    torch.manual_seed(4)
-    tile = torch.randn(1, 5, 256, 256)
-    learnt = peft.PeftModel.from_pretrained(DefaultModel.from_pretrained(stages), adapter).eval()
-    wanted = greedy(learnt, tile, 8)
-    assert wanted != greedy(DefaultModel.from_pretrained(stages), tile, 8)
-    runtime = Runtime(bundle, cpu_engine(1, 0))
-    task = manifest.tasks.caption.model_copy(update={"beams": 1})
-    image = type("Image", (), {"pixels_KCHW": tile.numpy(), "rows": 1, "cols": 1})()
-    (tokens,) = runtime.generator("caption", task).tokens([image], "")
-    assert tokens.tolist()[:8] == wanted[: len(tokens)]
-
-    # The graphs are compared with the stages themselves, and not with what they were filled from.
-    shutil.rmtree(work / "parity")
-    monkeypatch.setattr(parity_step, "streamed_model", with_a_scaled_layer(parity_step.streamed_model))
-    with pytest.raises(BundleError, match=r"first off: encoder\.stages\.1\.0\.layers\.1\.conv"):
-        run_export(recipe, lambda *_: None)
+def example(given, sizes):
+    """Other sizes than those of tracing."""
+    shape = [other(sizes[size], size) if isinstance(size, str) else size for size in given.shape]
+    if given.name == "attention_mask":
+        mask = torch.ones(shape, dtype=torch.int64)
+        mask[1:, shape[1] // 2 :] = 0
+        return mask
+    return torch.randint(0, 200, shape) if given.dtype == torch.int64 else torch.randn(shape)
 
 
-def with_a_scaled_layer(streamed_model):
-    def make(model_class, config, tensors):
-        name = "encoder.stages.1.0.layers.1.conv.weight"
-        values = tensors[name].read().float() * 100
-        return streamed_model(model_class, config, {**tensors, name: MemoryTensor(values)})
-
-    return make
+def other(size, name):
+    return size + 1 if name == "batch" else 2 * size
 
 
-def test_adapters_merge_into_what_peft_computes(stages, tmp_path):
-    model = DefaultModel.from_pretrained(stages)
-    wrapped = peft.get_peft_model(
-        model,
-        peft.LoraConfig(r=4, lora_alpha=12, use_rslora=True, target_modules=["q_proj", "down_proj", "project"]),
-    )
-    for name, values in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(values, std=0.2)
-    wrapped.save_pretrained(tmp_path / "lora")
-    merged = DefaultModel.from_pretrained(stages)
-    found = resolve([read_adapter(tmp_path / "lora")], merged)
-    assert len(found.updates) == 9 and not found.untied and not found.notes
-    merged.load_state_dict({k: merge(v, found.updates.get(k, ())) for k, v in merged.state_dict().items()})
-    c5, ids = torch.randn(2, 320, 3, 4), torch.randint(0, 200, (2, 6))
-    with torch.no_grad():
-        torch.testing.assert_close(merged(c5, ids).logits, wrapped(c5, ids).logits, atol=1e-4, rtol=1e-4)
+def test_the_manifest_says_what_is_asked_and_how(exported):
+    tasks = exported.manifest.tasks
+    assert tasks.detect.classes == CLASSES and tasks.detect.text.output == "query"
+    assert (tasks.detect.score_threshold, tasks.detect.like_threshold, tasks.change.threshold) == (0.05, 0.5, 0.45)
+    assert tasks.segment.text.output == "label" and tasks.segment.experimental
+    assert tasks.segment.logit_scale == pytest.approx(10, rel=1e-3) and tasks.segment.logit_bias == -4
+    assert tasks.classify == tasks.search and tasks.search.logit_scale == pytest.approx(14, rel=1e-3)
+    assert tasks.caption.input == tasks.ask.input == tasks.search.input and tasks.detect.input == tasks.segment.input
+    assert tasks.ground.snap
+    assert tasks.ask.prompt == "{image}<ask>{text}<answer>" and tasks.ground.boxes.scale == 128
+    assert exported.path("objects.txt").read_text().splitlines()[:4] == ["a", "aircraft", "airliner", "airliners"]
+    assert exported.path("vocabulary.txt").read_text().split() == WORDS
+    assert all(task.memory.measured for _, task in exported.manifest.tasks if task is not None)
 
 
-def test_features_are_computed_once(stages, data, tmp_path, monkeypatch):
-    calls = []
-    true = captions.caption_view
-    monkeypatch.setattr(captions, "caption_view", lambda scenes, i, v: calls.append((i, v)) or true(scenes, i, v))
-
-    class Killed(Exception):
-        pass
-
-    def kill(step, done, loss):
-        if step == 4:
-            raise Killed
-
-    recipe = recipe_of(stages, data, tmp_path / "lora", steps=8)
-    with pytest.raises(Killed):
-        finetune(recipe, kill)
-    finetune(recipe)
-    assert len(calls) == len(set(calls)) and {view for _, view in calls} > {0}
-    assert {view for image, view in calls if image == 0} == {0}, "left is not left in another view"
+def test_detects_by_words_and_by_examples(run, image):
+    found = [json.loads(run("detect", image, "--json", *more).stdout) for more in (
+        (), ("--query", "ship", "--query", "all trucks"), ("--like", f"{image}#40,40,30,20"),
+    )]  # fmt: skip
+    assert {box["label"] for box in found[0]["detections"]} <= set(CLASSES)
+    assert {box["label"] for box in found[1]["detections"]} <= {"ship", "all trucks"}
+    assert found[0]["coverage"] == 1.0 and found[2]["detections"], "an example is like itself"
+    with pytest.raises(Exception, match="never learnt 'bus'"):
+        run("detect", image, "--query", "bus")
 
 
-def test_samples_that_the_device_would_see_otherwise_are_refused(stages, data, tmp_path):
-    model = DefaultModel.from_pretrained(stages)
-    Image.new("RGB", (513, 20)).save(tmp_path / "wide.png")
-    data.write_text('{"image": "wide.png", "caption": "a road"}\n')
-    samples = read_samples(data)
-    encoder = captions.CaptionEncoder(stages, model, samples, tmp_path / "c5.f16")
-    with pytest.raises(InputError, match=r"jsonl:1: .*wide\.png is 513 x 20.*at most 512"):
-        encoder(captions.viewed(samples)[0])
-    data.write_text('{"image": "wide.png", "question": "a road?", "answer": "yes"}\n')
-    with pytest.raises(InputError, match="captions only"):
-        finetune(recipe_of(stages, data, tmp_path / "lora", images=None))
+def test_masks_classes_and_retrieval(run, image, tmp_path):
+    mask = tmp_path / "mask.tif"
+    assert run("segment", image, "--labels", "trees,sea", "--mask", mask).exit_code == 0 and mask.is_file()
+    labels = json.loads(run("classify", image, "--labels", "airport,sea", "--json").stdout)["labels"]
+    assert {name for name, _ in labels} == {"airport", "sea"} and sum(score for _, score in labels) > 0.99
+    assert run("index", image, "--to", tmp_path / "index").exit_code == 0
+    assert str(image) in run("search", tmp_path / "index", "many airplanes", "--json").stdout
+    with pytest.raises(Exception, match="never learnt 'volcano'"):
+        run("classify", image, "--labels", "volcano,sea")
 
 
-def test_images_are_in_a_folder_or_an_archive(data, tmp_path):
-    samples = read_samples(data, data.with_suffix(".tar"))
-    assert [sample.answer for sample in samples] == [f"{said} ." for said in SAID]
-    with pytest.raises(InputError, match="no file"):
-        read_samples(data)
-    (tmp_path / "no.tar").write_bytes(b"x" * 2000)
-    with pytest.raises(InputError, match=r"cannot read .*no\.tar"):
-        read_samples(data, tmp_path / "no.tar")
-    toml = tmp_path / "FINETUNE.toml"
-    toml.write_text('version = 1\ncheckpoint = "c"\ndata = "d.jsonl"\nimages = "i.tar"\nout = "o"\nsteps = 2\n')
-    assert load_finetune_recipe(toml).images == tmp_path / "i.tar"
+def test_captions_answers_boxes_of_phrases_and_change(run, image, tmp_path):
+    assert "caption" in json.loads(run("caption", image, "--json").stdout)
+    assert "answer" in json.loads(run("ask", image, "does this picture contain trees?", "--json").stdout)
+    assert "detections" in json.loads(run("ground", image, "the airplane on the left", "--json").stdout)
+    shutil.copy(image, tmp_path / "after.png")
+    assert "changed_fraction" in json.loads(run("change", image, tmp_path / "after.png", "--json").stdout)
 
 
-def test_thresholds_belong_to_the_weights(stages, tmp_path):
-    made = [artifact.load(stages / name) for name in ("joint", "change")]
-    assert read_thresholds(stages, made, Thresholds) == Thresholds(0.35, 0.45)
-    other = artifact.Artifact(stages, made[0].manifest | {"hash": "0" * 64})
-    with pytest.raises(InputError, match="other weights"):
-        read_thresholds(stages, [other, made[1]], Thresholds)
-    for text in ("{", '{"detect": 0.3}', "[]"):
-        (tmp_path / "thresholds.json").write_text(text)
-        with pytest.raises(InputError, match="thresholds chooses them"):
-            read_thresholds(tmp_path, made, Thresholds)
-
-
-def test_stages_are_told_from_checkpoints(stages, tmp_path):
-    assert is_stages(stages) and not is_stages(tmp_path) and not is_stages(stages / "joint")
+def test_stages_that_lack_a_file_are_told(stages, tmp_path):
+    assert is_stages(stages) and not is_stages(tmp_path) and not is_stages(stages / "vision")
     shutil.copytree(stages, tmp_path / "part")
-    (tmp_path / "part" / "change" / "weights.safetensors").unlink()
-    with pytest.raises(InputError, match=r"change/weights\.safetensors is not there"):
+    (tmp_path / "part" / "language" / "vocabulary.txt").unlink()
+    with pytest.raises(InputError, match=r"language/vocabulary\.txt is not there"):
         open_stages(tmp_path / "part")
     tensors = open_stages(stages).weights(DefaultModel)
     assert tensors.keys() == DefaultModel(open_stages(stages).config).state_dict().keys()
+
+
+def test_fewer_bits_are_calibrated_and_judged_by_every_task(recipe, exported, tmp_path):
+    (tmp_path / "images").mkdir()
+    for seed in range(3):
+        scene(tmp_path / "images" / f"{seed}.png", seed)
+    images = CalibrationImages(images=(tmp_path / "images",), count=2, texts=("trees", "two ships"))
+    samples, _ = record(exported, images, tmp_path / "samples", lambda *_: None)
+    assert not graphs_without_calls(exported.manifest, samples)
+
+    smaller = recipe.model_copy(update={"target": "onnx:int8", "precision": {"detect": "f16"}})
+    draft, probes = recipe.work / "compile_onnx" / "bundle", recipe.work / "parity" / "probes"
+    quantize(smaller, draft, probes, samples, tmp_path, lambda *_: None)
+    after = load_bundle(tmp_path / "bundle", allow_unsigned=True, allow_older=True)
+    kinds = {name: graph.precision for name, graph in after.manifest.graphs.items()}
+    static = dict.fromkeys(("encoder", "segment", "change", "match"), "int8")
+    assert kinds == static | {
+        "detect": "f16", "text": "int8-dynamic", "language_prefix": "int8-dynamic", "language_embed": "f16",
+        "language_decoder": "int8-dynamic",
+    }  # fmt: skip
+    sources = list_inputs([str(tmp_path / "images")])
+    checks = compare_answers(exported, after, sources[:1], (), {}, lambda *_: None)
+    assert {check.output for check in checks} >= {"caption", "search of images", "search of texts"}
+    cosines = [check.value for check in checks if check.metric == "cosine"]
+    assert min(cosines) > 0.9
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Cars and a bus, which no kind is, on four images of which all objects are labelled."""
+    (tmp_path / "toy" / "train").mkdir(parents=True)
+    coco = {"categories": [{"id": 1, "name": "car"}, {"id": 2, "name": "bus"}], "images": [], "annotations": []}
+    for n in range(4):
+        Image.new("RGB", (400, 400), (90, 90, 40 * n)).save(tmp_path / "toy" / "train" / f"{n}.png")
+        coco["images"].append({"id": n, "file_name": f"{n}.png", "width": 400, "height": 400})
+        for k, (category, x) in enumerate(((1, 60), (1, 160), (1, 240), (1, 330), (2, 120))):
+            box = {"bbox": [x, 60 * k + 40, 30, 20], "image_id": n, "category_id": category}
+            coco["annotations"].append(box | {"id": 5 * n + k, "area": 600, "iscrowd": 0})
+    (tmp_path / "toy" / "train.json").write_text(json.dumps(coco))
+    spec = ObjectSet("toy", "train", {"car": "car", "bus": None}, ("car",))
+    return ObjectData(spec, tmp_path, tmp_path / "cache")
+
+
+def test_episodes_show_one_kind_in_one_image_and_seek_it_in_another(toy):
+    rng, shown = np.random.default_rng(3), []
+    toy.crop = lambda name, *others: shown.append(name) or ObjectData.crop(toy, name, *others)
+    for _ in range(5):
+        episode = thresholds.draw(toy, rng)
+        assert 1 <= len(episode.boxes) <= thresholds.EXAMPLES
+        assert episode.boxes.min() > -1 and episode.boxes.max() < thresholds.CROP_PX + 1
+        assert {box.label for box in episode.truth if not box.ignore} == {"like"}
+        assert {box.label for box in episode.truth if box.ignore} <= {"like", None}
+        assert shown[-2] != shown[-1]
+
+
+def test_thresholds_are_steps_of_the_grid(exported, toy, monkeypatch):
+    monkeypatch.setattr(thresholds, "CROPS", 2)
+    monkeypatch.setattr(thresholds, "EPISODES", 2)
+    runtime = Runtime(exported, cpu_engine(1, 0))
+    detection = thresholds.Detection(runtime, exported.manifest.tasks.detect)
+    assert thresholds.query_threshold(detection, [toy]) in thresholds.GRID
+    assert thresholds.like_threshold(detection, [toy]) in thresholds.GRID
+
+
+def test_thresholds_belong_to_the_weights(stages, tmp_path):
+    made = [artifact.load(stages / name) for name in CUT_STAGES]
+    assert read_thresholds(stages, made) == CUTS
+    other = artifact.Artifact(stages, made[0].manifest | {"hash": "0" * 64})
+    with pytest.raises(InputError, match="other weights"):
+        read_thresholds(stages, [other, *made[1:]])
+    for text in ("{", '{"detect": 0.3}', "[]"):
+        (tmp_path / "thresholds.json").write_text(text)
+        with pytest.raises(InputError, match="thresholds chooses them"):
+            read_thresholds(tmp_path, made)
 
 
 def test_the_packaged_bundle_cuts_scores_where_the_weights_say():
     weights = Path(artifact.__file__).parent / "default" / "weights"
     if not is_stages(weights):
         pytest.skip("needs weights: the stages are not installed")
-    stored = [artifact.load(weights / name) for name in ("joint", "change")]
-    chosen, tasks = read_thresholds(weights, stored, Thresholds), load_bundle().manifest.tasks
-    assert (tasks.detect.score_threshold, tasks.change.threshold) == (chosen.detect, chosen.change)
-
-
-def test_contents_leave_out_what_validation_shows(needs, tmp_path):
-    backbone = artifact.Artifact(tmp_path, {"metrics": {"ucm_left_out": ["agricultural00.webp"]}})
-    contents.write(needs("data", "ucm_captions").parent, backbone, tmp_path)
-    train, val = ((tmp_path / f"{part}.jsonl").read_text().splitlines() for part in ("train", "val"))
-    assert (len(train), len(val)) == (1679, 210)
-    assert json.loads(train[0]) == {"image": "agricultural01.webp", "captions": ["field"]}
-    assert "bare soil, buildings, cars, pavement, trees" in "\n".join(val)
+    stored = [artifact.load(weights / name) for name in CUT_STAGES]
+    chosen, tasks = read_thresholds(weights, stored), load_bundle().manifest.tasks
+    found = Thresholds(tasks.detect.score_threshold, tasks.detect.like_threshold, tasks.change.threshold)
+    assert found == dataclasses.replace(chosen, change_by_others={})

@@ -18,10 +18,10 @@ from edge_rsvlm.export.default.data.scenes import Scene, SceneSet, ucm  # noqa: 
 from edge_rsvlm.export.default.encoders import compare, graphs, mobilenet_v1, mobilenet_v2, scores  # noqa: E402
 from edge_rsvlm.export.default.encoders import shufflenet_v2 as shuffle  # noqa: E402
 from edge_rsvlm.export.default.encoders.candidates import CANDIDATES, MAPS  # noqa: E402
+from edge_rsvlm.export.default.encoders.centres import CLASSES  # noqa: E402
 from edge_rsvlm.export.default.encoders.norms import fold_norms, insert_norms  # noqa: E402
 from edge_rsvlm.export.default.encoders.proxy import DenseHead, Proxy, grouped, usable_ucm  # noqa: E402
 from edge_rsvlm.export.default.encoders.report import BEGIN, END, write_report  # noqa: E402
-from edge_rsvlm.export.default.model.detect import CLASSES  # noqa: E402
 from edge_rsvlm.export.default.model.encoder import Encoder, convs_in_order  # noqa: E402
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

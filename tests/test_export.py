@@ -19,10 +19,10 @@ def torch_here(needs):
 def test_packed_sentences_do_not_see_each_other():
     import torch
 
-    from edge_rsvlm.export.default.model.decoder import Captioner, DecoderConfig, packed_layout
+    from edge_rsvlm.export.default.model.decoder import Decoder, DecoderConfig, packed_layout
 
     torch.manual_seed(3)
-    decoder = Captioner(DecoderConfig(300, layers=2, dropout=0.0)).eval().decoder
+    decoder = Decoder(DecoderConfig(300, layers=2, dropout=0.0)).eval()
     prefix, first, second = torch.randn(1, 6, 256), torch.randn(1, 3, 256), torch.randn(1, 3, 256)
     positions, mask = packed_layout(6, 2, 3)
     with torch.inference_mode():
@@ -44,21 +44,6 @@ def test_dihedral_boxes_follow_the_pixels():
         assert turned[y0:y1, x0:x1].all() and turned.sum() == turned[y0:y1, x0:x1].sum()
 
 
-def test_detection_targets_decode_to_their_boxes():
-    from edge_rsvlm.export.default.data.detect import SETS, targets
-
-    boxes = np.array([[10.0, 20, 42, 60], [100, 90, 130, 110], [200, 200, 203, 203]])
-    heat, weight, sides, sides_weight = targets(boxes, np.array([0, 3, 0]), 256, SETS[1])
-    for box, label in zip(boxes[:2], (0, 3), strict=True):
-        row, col = np.unravel_index(heat[label].argmax(), heat[label].shape)
-        assert heat[label, row, col] == 1 and weight[label, row, col] == 1 and sides_weight[row, col] > 0
-        x, y = (col + 0.5) * 4, (row + 0.5) * 4
-        left, top, right, bottom = sides[:, row, col]
-        np.testing.assert_allclose([x - left, y - top, x + right, y + bottom], box)
-    assert weight[:, 50, 50].max() == 0, "an object too small to learn is ignored, not background"
-    assert weight[0, 5, 5] == 1 and weight[3, 60, 10] == 0, "airbus labels are complete for airplanes only"
-
-
 def test_groups_join_by_name_and_by_likeness_and_stay_together():
     from edge_rsvlm.export.default.splits import choose, grouped
 
@@ -72,12 +57,12 @@ def test_groups_join_by_name_and_by_likeness_and_stay_together():
 
 
 def test_held_out_images_are_not_trained_on(needs, tmp_path):
-    from edge_rsvlm.export.default.data.detect import SETS, DetectData
+    from edge_rsvlm.export.default.data.objects import SETS, ObjectData
     from edge_rsvlm.export.default.splits import held_out
 
     data = needs("data", "drone_vehicles").parent
     spec = next(s for s in SETS if s.name == "drone_vehicles")
-    kept = DetectData(spec, data, tmp_path, held_out(spec.name))
+    kept = ObjectData(spec, data, tmp_path, held_out(spec.name))
     assert held_out(spec.name) and not held_out(spec.name) & set(kept.names)
 
 

@@ -19,11 +19,10 @@ from edge_rsvlm import scoring
 from edge_rsvlm.export import artifact
 from edge_rsvlm.export.default.data.captions import tidy
 from edge_rsvlm.export.default.data.change import oscd_pair
-from edge_rsvlm.export.default.data.scenes import ucm
+from edge_rsvlm.export.default.data.scenes import training_ucm, ucm
 from edge_rsvlm.export.default.model.encoder import Encoder, Head1280, load_rgb_weights
 from edge_rsvlm.export.default.splits import held_out
 from edge_rsvlm.export.default.stages import backbone
-from edge_rsvlm.export.default.stages.joint import training_ucm
 from edge_rsvlm.export.default.stages.tflite_weights import convolutions
 
 NEIGHBOURS = 5

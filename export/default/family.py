@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PretrainedConfig
 
 from edge_rsvlm.export import artifact
-from edge_rsvlm.export.default.checkpoint import DefaultModel
-from edge_rsvlm.export.default.data.captions import BOS_ID, EOS_ID
+from edge_rsvlm.export.checkpoint.reading import LazyTensor
+from edge_rsvlm.export.default.checkpoint import TEXTS, DefaultModel, open_stages
+from edge_rsvlm.export.default.data.captions import EOS_ID
 from edge_rsvlm.export.default.data.scenes import TILE_PX
 from edge_rsvlm.export.default.data.views import RGB_BANDS, U8_RANGE, cut
 from edge_rsvlm.export.default.describe import (
     DESCRIPTION,
     LICENCE,
     NAME,
+    OBJECTS_NAME,
     TRAINING_DATA,
-    Thresholds,
+    Scales,
+    objects_vocabulary,
     read_thresholds,
     task_specs,
 )
@@ -28,21 +32,32 @@ from edge_rsvlm.export.default.graphs import (
     CHANGE_INPUTS,
     DETECT_MAPS,
     ENCODER_MAPS,
+    SEGMENT_MAPS,
+    TOKEN_MAPS,
     ChangeGraph,
     DecoderGraph,
     DetectGraph,
     EmbedGraph,
     EncoderGraph,
+    MatchGraph,
     PrefixGraph,
+    SegmentGraph,
+    TextGraph,
 )
-from edge_rsvlm.export.default.model.decoder import Decoder, DecoderConfig
+from edge_rsvlm.export.default.model.decoder import DecoderConfig
 from edge_rsvlm.export.default.model.encoder import CHANNELS, STEM_BANDS, STRIDES
-from edge_rsvlm.export.default.stages import caption, change, joint
+from edge_rsvlm.export.default.stages import change, language, match, vision
+from edge_rsvlm.export.default.stages.features import ANSWER, ASK, tokens_of
+from edge_rsvlm.export.default.stages.match import MOST_SCALE
 from edge_rsvlm.export.families.base import Arrays, Description, Family, GraphInput, GraphPlan, Source
 from edge_rsvlm.export.families.generation import roles
 
 EXAMPLE_HW = (96, 160)
 PARITY_TOKENS = 16
+TEXT_EMBEDDING = "text_embedding"
+"""In the graph: the exporter itself calls looked-up tokens "embedding"."""
+CUT_STAGES = (vision.NAME, change.NAME, match.NAME)
+"""Stages whose scores are cut."""
 
 
 class Default(Family):
@@ -55,50 +70,60 @@ class Default(Family):
         return DefaultModel
 
     def graphs(self, source: Source) -> tuple[GraphPlan, ...]:
+        found = ("embeddings", "shift", "scale", "ltrb")
         return (
-            encoder_plan(),
-            maps_plan("detect", lambda m: DetectGraph(m.detect), DETECT_MAPS, ("scores", "ltrb")),
-            maps_plan("change", lambda m: ChangeGraph(m.change), CHANGE_INPUTS, ("change",)),
-            maps_plan("caption_prefix", lambda m: PrefixGraph(m.captioner), ("c5",), ("features",)),
-            *language_plans("caption", lambda m: m.captioner.decoder, _decoder_config(source)),
+            _encoder_plan(),
+            _maps_plan("detect", lambda m: DetectGraph(m.pyramid, m.boxes), DETECT_MAPS, found),
+            _maps_plan("segment", lambda m: SegmentGraph(m.pyramid, m.dense), SEGMENT_MAPS, ("embeddings",)),
+            _maps_plan("change", lambda m: ChangeGraph(m.change), CHANGE_INPUTS, ("change",)),
+            _maps_plan("match", lambda m: MatchGraph(m.match.pooled), ("c5",), ("embedding",)),
+            _text_plan(),
+            _maps_plan("language_prefix", lambda m: PrefixGraph(m.language.prefix), TOKEN_MAPS, ("features",)),
+            *_language_plans(_decoder_config(source)),
         )
 
     def describe(self, source: Source) -> Description:
-        stages = [artifact.load(source.folder / stage.NAME) for stage in (joint, change)]
+        stages = [artifact.load(source.folder / name) for name in CUT_STAGES]
+        cuts = read_thresholds(source.folder, stages)
         graphs = {plan.name: roles(plan) for plan in self.graphs(source)}
-        tokenizer = source.folder / caption.NAME / caption.TOKENIZER_NAME
+        spoken = graphs["text"]["outputs"]
+        spoken["embedding"] = spoken.pop(TEXT_EMBEDDING)
+        files = {name: (source.folder / language.NAME / name).read_bytes() for name in TEXTS}
+        files[OBJECTS_NAME] = "".join(f"{word}\n" for word in objects_vocabulary()).encode()
         return Description(
             graphs,
-            task_specs(_decoder_config(source), read_thresholds(source.folder, stages, Thresholds)),
-            {caption.TOKENIZER_NAME: tokenizer.read_bytes()},
+            task_specs(_decoder_config(source), cuts, _scales(open_stages(source.folder).tensors)),
+            files,
             {"name": NAME, "description": DESCRIPTION, "licence": LICENCE, "training_data": TRAINING_DATA},
         )
 
     def reference(self, source: Source, model: nn.Module, image_HWC: NDArray[np.uint8], text: str) -> Arrays:
-        """The likeliest word after word, of an image cut as in training; ``text`` is not asked."""
+        """The likeliest answer to the question ``text`` about an image cut as in training, word after word."""
         height, width = image_HWC.shape[:2]
         tile = cut(image_HWC, (0, 0, width, height), (TILE_PX, TILE_PX), RGB_BANDS, U8_RANGE)
-        tokens: list[int] = []
+        tokenizer = Tokenizer.from_file(str(source.folder / language.NAME / language.TOKENIZER_NAME))
+        asked = tokenizer.encode(f"{ASK}{text}{ANSWER}", add_special_tokens=False).ids
+        answer: list[int] = []
         with torch.no_grad():
-            c5 = model.encoder(torch.from_numpy(tile)[None])["c5"]
-            while len(tokens) < PARITY_TOKENS and EOS_ID not in tokens:
-                logits_V = model(c5, torch.tensor([[BOS_ID, *tokens]]), logits_to_keep=1).logits[0, -1]
-                tokens.append(int(logits_V.argmax()))
-        return {"tokens": np.array(tokens)}
+            seen = tokens_of(model.encoder(torch.from_numpy(tile)[None]))
+            while len(answer) < PARITY_TOKENS and EOS_ID not in answer:
+                logits_V = model(seen, torch.tensor([[*asked, *answer]]), logits_to_keep=1).logits[0, -1]
+                answer.append(int(logits_V.argmax()))
+        return {"tokens": np.array(answer)}
 
 
 def _decoder_config(source: Source) -> DecoderConfig:
     return DecoderConfig(source.config.vocabulary, dropout=0.0)
 
 
-def encoder_plan() -> GraphPlan:
+def _encoder_plan() -> GraphPlan:
     height, width = EXAMPLE_HW
     tiles = GraphInput("tiles", ("batch", len(STEM_BANDS), "height", "width"))
     sizes = {"batch": 2, "height": height, "width": width}
     return GraphPlan("encoder", lambda m: EncoderGraph(m.encoder), (tiles,), ENCODER_MAPS, sizes)
 
 
-def maps_plan(
+def _maps_plan(
     name: str, wrap: Callable[[nn.Module], nn.Module], inputs: Sequence[str], outputs: tuple[str, ...]
 ) -> GraphPlan:
     """A graph on feature maps; those of two dates have the same sizes."""
@@ -120,19 +145,23 @@ def maps_plan(
     )
 
 
-def language_plans(
-    name: str, decoder_of: Callable[[nn.Module], Decoder], config: DecoderConfig
-) -> tuple[GraphPlan, GraphPlan]:
-    """``NAME_embed`` and ``NAME_decoder``."""
+def _text_plan() -> GraphPlan:
+    inputs = tuple(GraphInput(name, ("batch", "text"), torch.int64) for name in ("input_ids", "attention_mask"))
+    outputs = (TEXT_EMBEDDING, "query", "label")
+    return GraphPlan("text", lambda m: TextGraph(m.match.text), inputs, outputs, {"batch": 2, "text": 7})
+
+
+def _language_plans(config: DecoderConfig) -> tuple[GraphPlan, GraphPlan]:
     words = GraphInput("input_ids", ("batch", "tokens"), torch.int64)
     embed = GraphPlan(
-        f"{name}_embed", lambda m: EmbedGraph(decoder_of(m)), (words,), ("inputs_embeds",), {"batch": 2, "tokens": 3}
-    )
+        "language_embed", lambda m: EmbedGraph(m.language.decoder), (words,), ("inputs_embeds",),
+        {"batch": 2, "tokens": 3},
+    )  # fmt: skip
     cache = [f"{layer}.{part}" for layer in range(config.layers) for part in ("key", "value")]
     past = ("batch", config.heads, "past", config.head_width)
     decoder = GraphPlan(
-        f"{name}_decoder",
-        lambda m: DecoderGraph(decoder_of(m)),
+        "language_decoder",
+        lambda m: DecoderGraph(m.language.decoder),
         (
             GraphInput("inputs_embeds", ("batch", "tokens", config.width)),
             *(GraphInput(f"past_key_values.{name}", past) for name in cache),
@@ -141,3 +170,8 @@ def language_plans(
         {"batch": 2, "tokens": 3, "past": 5},
     )
     return embed, decoder
+
+
+def _scales(tensors: Mapping[str, LazyTensor]) -> Scales:
+    matched, label = (float(tensors[f"{head}.log_scale"].read().float().exp()) for head in ("match", "dense"))
+    return Scales(min(matched, MOST_SCALE), label, float(tensors["dense.bias"].read()))

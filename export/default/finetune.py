@@ -1,4 +1,4 @@
-"""Fine-tuning of the default model's captioner: what a sample is for it.
+"""Fine-tuning of the default model's decoder to other captions: what a sample is for it.
 
 Features of the frozen encoder are computed once for every image and view, and wait in a file of the run. Tiles are cut
 as in training, which is how the runtime looks at an image of unknown ground resolution.
@@ -20,12 +20,14 @@ from edge_rsvlm.errors import InputError
 from edge_rsvlm.export.default.checkpoint import DefaultModel
 from edge_rsvlm.export.default.data.captions import BOS_ID, EOS_ID, caption_view, points_somewhere, tidy
 from edge_rsvlm.export.default.data.scenes import TILE_PX, Scene, SceneSet
-from edge_rsvlm.export.default.describe import WHOLE_PX
-from edge_rsvlm.export.default.model.encoder import CHANNELS, STRIDES
-from edge_rsvlm.export.default.stages import caption
+from edge_rsvlm.export.default.describe import WHOLE_SCENE_PX
+from edge_rsvlm.export.default.model.encoder import STRIDES
+from edge_rsvlm.export.default.model.language import TOKEN_CHANNELS
+from edge_rsvlm.export.default.stages import language
+from edge_rsvlm.export.default.stages.features import tokens_of
 from edge_rsvlm.export.finetuning.samples import Encoded, Sample, open_image
 
-TARGETS = r"captioner\.decoder\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+TARGETS = r"language\.decoder\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """Every linear layer of the decoder; its embeddings are left alone."""
 VIEWS = 4
 """An epoch shows every image as it is, and turned, zoomed and re-lit in three other ways."""
@@ -37,13 +39,13 @@ class ViewedSample(Sample):
 
 
 class CaptionEncoder:
-    """Samples of captions to c5 and tokens.
+    """Samples of captions to visual tokens and words.
 
     ``model`` encodes; ``cache`` is the file of its features, which a resumed run goes on with.
     """
 
     def __init__(self, folder: Path, model: DefaultModel, samples: Sequence[Sample], cache: Path) -> None:
-        self._tokenizer = Tokenizer.from_file(str(folder / caption.NAME / caption.TOKENIZER_NAME))
+        self._tokenizer = Tokenizer.from_file(str(folder / language.NAME / language.TOKENIZER_NAME))
         self._encoder = model.encoder
         first = {sample.image: sample for sample in samples}
         self._index = {path: i for i, path in enumerate(first)}
@@ -53,17 +55,17 @@ class CaptionEncoder:
 
     def __call__(self, sample: ViewedSample) -> Encoded:
         """Raises InputError for an image that cannot be read, or is larger than what one caption describes."""
-        said = self._tokenizer.encode(tidy(str(sample.answer))).ids[: caption.MOST_TOKENS - 1]
+        said = self._tokenizer.encode(tidy(str(sample.answer))).ids[: language.MOST_TOKENS - 1]
         ids = torch.tensor([[BOS_ID, *said, EOS_ID]])
-        return Encoded({"c5": torch.from_numpy(self._c5(sample)), "input_ids": ids}, len(said) + 1)
+        return Encoded({"tokens": torch.from_numpy(self._tokens(sample)), "input_ids": ids}, len(said) + 1)
 
-    def _c5(self, sample: ViewedSample) -> NDArray[np.float32]:
+    def _tokens(self, sample: ViewedSample) -> NDArray[np.float32]:
         place = self._index[sample.image], sample.view
         if not self._done[place]:
             like = next(self._encoder.parameters())
             tile = torch.from_numpy(caption_view(self._scenes, *place))[None].to(like.device, like.dtype)
             with torch.no_grad():
-                self._features[place] = self._encoder(tile)["c5"][0].float().cpu().numpy()
+                self._features[place] = tokens_of(self._encoder(tile))[0].float().cpu().numpy()
             self._done[place] = 1
         return self._features[place][None].astype(np.float32)
 
@@ -89,11 +91,11 @@ class _Pixels:
     def __getitem__(self, path: str) -> NDArray[np.uint8]:
         sample = self._samples[path]
         pixels = np.asarray(open_image(sample))
-        if max(pixels.shape[:2]) > WHOLE_PX:
+        if max(pixels.shape[:2]) > WHOLE_SCENE_PX:
             raise InputError(
                 f"{sample.where}: {path} is {pixels.shape[1]} x {pixels.shape[0]}, and the device would cut it into "
                 "tiles with a caption each",
-                fix=f"cut it into images of at most {WHOLE_PX} pixels, and describe these",
+                fix=f"cut it into images of at most {WHOLE_SCENE_PX} pixels, and describe these",
             )
         return pixels
 
@@ -104,5 +106,5 @@ def _open_cache(path: Path, images: int) -> tuple[Any, Any]:
     side = TILE_PX // STRIDES["c5"]
     known = path.with_suffix(".done")
     mode: Any = "r+" if known.is_file() else "w+"
-    features = np.memmap(path, np.float16, mode=mode, shape=(images, VIEWS, CHANNELS["c5"], side, side))
+    features = np.memmap(path, np.float16, mode=mode, shape=(images, VIEWS, TOKEN_CHANNELS, side, side))
     return features, np.memmap(known, np.uint8, mode=mode, shape=(images, VIEWS))

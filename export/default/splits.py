@@ -83,7 +83,7 @@ def _hash(text: str) -> str:
 
 def main() -> None:
     from edge_rsvlm.export import artifact
-    from edge_rsvlm.export.default.data.detect import SETS, DetectData
+    from edge_rsvlm.export.default.data.objects import SETS, ObjectData
     from edge_rsvlm.export.default.stages.backbone import whole_image_features
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,7 +93,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     backbone = artifact.load(options.work / "backbone")
     for spec in SETS:
-        data = DetectData(spec, options.data, options.work / "cache")
+        data = ObjectData(spec, options.data, options.work / "cache")
         names = sorted(data.names)
         features = whole_image_features(backbone, [data.store[name] for name in names])
         groups = grouped(names, [site_of(spec.name, name) for name in names], features)

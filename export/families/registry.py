@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING
 
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.checkpoint.reading import Checkpoint, open_checkpoint
-from edge_rsvlm.export.default import checkpoint as default
+from edge_rsvlm.export.default.checkpoint import is_stages, open_stages
 from edge_rsvlm.export.default.family import Default
-from edge_rsvlm.export.default.open_model import checkpoint as open_model
-from edge_rsvlm.export.default.open_model.family import Open
 from edge_rsvlm.export.families.align import Align
 from edge_rsvlm.export.families.blip_2 import Blip2
 from edge_rsvlm.export.families.clip import Clip
@@ -36,7 +34,6 @@ FAMILIES: tuple[Family, ...] = (
     Default(),
     Idefics3(),
     Llava(),
-    Open(),
     Owl(),
     Qwen2VL(),
     Siglip(),
@@ -48,11 +45,8 @@ BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in fam
 
 
 def open_source(folder: Path) -> Checkpoint:
-    """A checkpoint of transformers, or the stages of a default model. InputError when it is neither."""
-    for stages in (open_model, default):
-        if stages.is_stages(folder):
-            return stages.open_stages(folder)
-    return open_checkpoint(folder)
+    """A checkpoint of transformers, or the stages of the default model. InputError when it is neither."""
+    return open_stages(folder) if is_stages(folder) else open_checkpoint(folder)
 
 
 def family_of(config: PretrainedConfig) -> Family:

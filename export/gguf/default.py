@@ -1,4 +1,4 @@
-"""The default model's caption decoder as a Llama: RMSNorm, rotary positions in two halves, SwiGLU, tied embeddings."""
+"""The default model's decoder as a Llama: RMSNorm, rotary positions in two halves, SwiGLU, tied embeddings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from edge_rsvlm.export.gguf.architectures import LLAMA, Architecture
 ARCHITECTURE = Architecture(
     "llama", interleaved=True, layer={ours: name.removeprefix("mlp.") for ours, name in LLAMA.layer.items()}
 )
-EMBED, BODY = "captioner.decoder.embed_tokens", "captioner.decoder"
+EMBED, BODY = "language.decoder.embed_tokens", "language.decoder"
 NAMES = (EMBED, BODY, EMBED)
 """Of the token embedding, of what holds layers and norm, and of the head."""
 CONTEXT_TOKENS = 2048
-"""Positions have no end; a caption is a few hundred visual tokens and a sentence."""
+"""Positions have no end; there are a few hundred visual tokens, a question and a sentence."""
 
 
 def text_config(config: PretrainedConfig) -> LlamaConfig:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.default.data.captions import BOS_ID, EOS_ID
 from edge_rsvlm.export.default.family import Default
-from edge_rsvlm.export.default.stages import caption
+from edge_rsvlm.export.default.stages import language
 from edge_rsvlm.export.families import chat
 from edge_rsvlm.export.families.base import Family, Source
 from edge_rsvlm.export.families.generation import GenerativeFamily
@@ -72,8 +72,10 @@ def llama_prompt(family: Family, source: Source, prompt: str) -> str:
 def _words(family: Family, source: Source) -> tuple[dict[str, Any], Specials]:
     """The parsed tokenizer.json, and what its special tokens are."""
     if isinstance(family, Default):
-        file = source.folder / caption.NAME / caption.TOKENIZER_NAME
-        return json.loads(file.read_text(encoding="utf-8")), Specials(BOS_ID, (EOS_ID,), None, None, adds_bos=False)
+        file = source.folder / language.NAME / language.TOKENIZER_NAME
+        # llama.cpp is given tokens, never a text that it would have to write in lower case first.
+        words = json.loads(file.read_text(encoding="utf-8")) | {"normalizer": None}
+        return words, Specials(BOS_ID, (EOS_ID,), None, None, adds_bos=False)
     assert isinstance(family, GenerativeFamily)
     tokenizer = load_tokenizer(source.folder, source.config)
     parsed = json.loads(tokenizer_json(tokenizer))

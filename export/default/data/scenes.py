@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from edge_rsvlm.export.artifact import Artifact
 from edge_rsvlm.export.default.data.images import open_store
 from edge_rsvlm.export.default.data.views import NO_JITTER, RGB_BANDS, U8_RANGE, Radiometry, cut, dihedral
 
@@ -103,6 +104,12 @@ def rsicd(data_root: Path, cache_dir: Path) -> SceneSet:
     return SceneSet(
         read_scenes(folder / "train.jsonl", "rsicd"), {"rsicd": open_store(folder / "train.tar", cache_dir, "rsicd")}
     )
+
+
+def training_ucm(scenes: SceneSet, backbone: Artifact) -> npt.NDArray[np.int64]:
+    """Indices of the UCM images that may be trained on: neither validation nor the same place as one of those."""
+    left_out = set(backbone.metrics["ucm_left_out"])
+    return np.array([i for i, s in enumerate(scenes.scenes) if s.source == "ucm_train" and s.name not in left_out])
 
 
 def multi_hot(scene: Scene) -> npt.NDArray[np.float32]:

@@ -18,21 +18,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edge_rsvlm.export import artifact
-from edge_rsvlm.export.default.data.detect import SETS, DetectData
-from edge_rsvlm.export.default.data.scenes import SceneSet, multi_hot, rsicd, ucm
+from edge_rsvlm.export.default.data.scenes import SceneSet, multi_hot, rsicd, training_ucm, ucm
 from edge_rsvlm.export.default.data.views import jitter
+from edge_rsvlm.export.default.encoders.centres import CLASSES, SETS, DetectData
 from edge_rsvlm.export.default.loop import MAX_GRADIENT_NORM, WARMUP_STEPS, Averaged, ahead, rate
 from edge_rsvlm.export.default.losses import heat_loss
-from edge_rsvlm.export.default.model.detect import CLASSES, PRIOR_SCORE
 from edge_rsvlm.export.default.model.layers import ConvNormAct, upsample2
 from edge_rsvlm.export.default.splits import held_out
-from edge_rsvlm.export.default.stages.joint import training_ucm
 
 GROUPS = {"airplane": ("airplane",), "vehicle": ("car", "truck", "bus", "van")}
 LABELS = {"ucm_scene": 21, "rsicd_scene": 30, "ucm_labels": 17}
 BACKBONE = Path(__file__).parents[1] / "weights" / "backbone"
 CROP_PX, DETECT_BATCH, SCENE_BATCH = 256, 6, 6
 ENCODER_RATE, HEAD_RATE = 3e-4, 2e-3
+PRIOR_SCORE = 0.01
 WARM_UP_SHARE = 0.1
 WIDTH = 48
 SCENE_SUM = 320.0

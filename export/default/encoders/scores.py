@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_rsvlm.export.default.data.detect import SETS, DetectData, targets
 from edge_rsvlm.export.default.data.labels import MIN_BOX_PX
 from edge_rsvlm.export.default.data.scenes import SceneSet, multi_hot
 from edge_rsvlm.export.default.data.views import RGB_BANDS, U8_RANGE, cut
+from edge_rsvlm.export.default.encoders.centres import CLASSES, SETS, STRIDE, DetectData, targets
 from edge_rsvlm.export.default.encoders.proxy import CROP_PX, GROUPS, Proxy, grouped
 from edge_rsvlm.export.default.losses import heat_loss
-from edge_rsvlm.export.default.model.detect import CLASSES, STRIDE
 from edge_rsvlm.export.default.splits import by_hash, held_out
 
 F32 = npt.NDArray[np.float32]
@@ -130,7 +129,7 @@ def _dense_tile(part: DetectData, name: str, corner: npt.NDArray[np.int64]) -> D
     labels = part.labels[name]
     tile = cut(part.store[name], (x, y, x + CROP_PX, y + CROP_PX), (CROP_PX, CROP_PX), RGB_BANDS, U8_RANGE)
     boxes = labels.boxes - [x, y, x, y]
-    heat, weight, _, _ = targets(boxes, labels.classes, CROP_PX, part.spec)
+    heat, weight = targets(boxes, labels.classes, CROP_PX, part.spec)
     inside = np.clip(boxes, 0, CROP_PX)
     sides, seen = boxes[:, 2:] - boxes[:, :2], inside[:, 2:] - inside[:, :2]
     counts = (seen.prod(axis=1) >= KNOWN_VISIBLE * sides.prod(axis=1)) & (sides.min(axis=1) >= MIN_BOX_PX)

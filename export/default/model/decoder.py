@@ -1,4 +1,4 @@
-"""Caption decoder: a Llama-architecture language model that reads projected visual tokens before the sentence.
+"""The decoder: a Llama-architecture language model that reads projected visual tokens before the prompt.
 
 Letters: N batch, T tokens, D model width, A heads, K width of a head, V vocabulary, L layers. Sources: RMSNorm, Zhang &
 Sennrich 2019; rotary positions in two halves, Su et al. 2021; SwiGLU, Shazeer 2020; all as in Touvron et al. 2023
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from edge_rsvlm.export.default.model.encoder import CHANNELS
 
 ROPE_BASE = 10_000.0
 EPSILON = 1e-5
@@ -39,20 +37,6 @@ class Cache:
 
     keys: Tensor
     values: Tensor
-
-
-class Prefix(nn.Module):
-    """c5 [N, 320, h, w] -> visual tokens [N, h*w, D], in raster order."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(CHANNELS["c5"])
-        self.project = nn.Linear(CHANNELS["c5"], config.width)
-        self.drop = nn.Dropout(config.dropout)
-
-    def forward(self, c5: Tensor) -> Tensor:
-        out: Tensor = self.project(self.drop(self.norm(c5.flatten(2).transpose(1, 2))))
-        return out
 
 
 def rotary(positions_NT: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
@@ -148,14 +132,6 @@ class Decoder(nn.Module):
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
-
-
-class Captioner(nn.Module):
-    """The trained pair: visual prefix and decoder."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.prefix, self.decoder = Prefix(config), Decoder(config)
 
 
 def packed_layout(prefix: int, sentences: int, length: int) -> tuple[Tensor, Tensor]:

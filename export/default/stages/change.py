@@ -1,4 +1,4 @@
-"""Stage 3: the change head alone, on the frozen encoder: change pairs are few, and the joint stage sees few of them."""
+"""Stage 3: the change head alone, on the frozen encoder: the vision stage sees few of the few change pairs."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from edge_rsvlm.export.default.loop import ahead, device, train
 from edge_rsvlm.export.default.losses import change_loss
 from edge_rsvlm.export.default.model.change import ChangeHead
 from edge_rsvlm.export.default.model.encoder import Encoder
-from edge_rsvlm.export.default.stages.joint import load_encoder
+from edge_rsvlm.export.default.stages.features import load_encoder
 
 NAME = "change"
 DEFAULTS: dict[str, Any] = {"minutes": 10.0, "crop_px": 256, "pairs": 8, "rate": 1e-3, "seed": 2}
 Batch = dict[str, Tensor]
 
 
-def run(data: Path, work: Path, config: dict[str, Any], joint: artifact.Artifact) -> artifact.Artifact:
-    """The head's weights, started from the joint stage's."""
+def run(data: Path, work: Path, config: dict[str, Any], vision: artifact.Artifact) -> artifact.Artifact:
+    """The head's weights, started from the vision stage's."""
     config = DEFAULTS | config
-    digest = artifact.stage_hash(NAME, config, [joint])
+    digest = artifact.stage_hash(NAME, config, [vision])
     if found := artifact.find(work / NAME, digest):
         return found
     torch.manual_seed(config["seed"])
-    encoder = load_encoder(joint).to(device(), memory_format=torch.channels_last)
+    encoder = load_encoder(vision).to(device(), memory_format=torch.channels_last)
     head = ChangeHead()
-    head.load_state_dict(artifact.part(joint.tensors(), "change"))
+    head.load_state_dict(artifact.part(vision.tensors(), "change"))
     head = head.to(device(), memory_format=torch.channels_last).train()
     batches = ahead(batch_maker(data, config), depth=4)
     state, metrics = train(

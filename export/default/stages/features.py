@@ -20,12 +20,11 @@ from edge_rsvlm.export import artifact
 from edge_rsvlm.export.default.data.captions import BOS, EOS, FeatureStore, cached_features, train_tokenizer
 from edge_rsvlm.export.default.data.objects import QUERIES
 from edge_rsvlm.export.default.data.questions import asked
-from edge_rsvlm.export.default.data.scenes import UCM_LABELS, SceneSet, rsicd, ucm
+from edge_rsvlm.export.default.data.scenes import UCM_LABELS, SceneSet, rsicd, training_ucm, ucm
 from edge_rsvlm.export.default.data.words import class_words, label_words, sentences
 from edge_rsvlm.export.default.model.encoder import Encoder, Head1280
 from edge_rsvlm.export.default.model.language import TOKEN_CHANNELS, visual_tokens
 from edge_rsvlm.export.default.stages.backbone import FILE
-from edge_rsvlm.export.default.stages.joint import training_ucm
 from edge_rsvlm.export.default.stages.tflite_weights import convolutions
 
 VIEWS = {"ucm": 8, "rsicd": 2}

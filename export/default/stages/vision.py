@@ -23,11 +23,13 @@ from edge_rsvlm.export.default.data.augment import degraded
 from edge_rsvlm.export.default.data.change import ChangeData, change_batch, training_pairs
 from edge_rsvlm.export.default.data.objects import KINDS, QUERIES, ObjectData
 from edge_rsvlm.export.default.data.scenes import (
+    CAPTION_WORDS,
     UCM_LABELS,
     SceneSet,
     frequent_words,
     multi_hot,
     rsicd,
+    training_ucm,
     ucm,
     word_shares,
 )
@@ -41,7 +43,6 @@ from edge_rsvlm.export.default.model.encoder import Encoder
 from edge_rsvlm.export.default.model.pyramid import Pyramid
 from edge_rsvlm.export.default.model.scene import SceneHead
 from edge_rsvlm.export.default.splits import held_out
-from edge_rsvlm.export.default.stages.joint import SCENE_LABELS, WORDS_WEIGHT, training_ucm
 
 NAME = "vision"
 DEFAULTS: dict[str, Any] = {
@@ -56,6 +57,8 @@ DEFAULTS: dict[str, Any] = {
     "head_rate": 2e-3,
     "seed": 0,
 }
+SCENE_LABELS = {"ucm_scene": 21, "ucm_labels": 17, "rsicd_scene": 30, "words": CAPTION_WORDS}
+WORDS_WEIGHT = 20.0  # a mean over 400 words of which a dozen are said
 COVERED = {"airplane": objects.PLANES, "cars": ("car", "van"), "ship": ("boat",)}
 """Labels of the ground that boxes show too."""
 Batch = dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Detection crops and targets from COCO sets whose labels are incomplete, each in its own way.
+"""Crops and centres of objects of seven classes, from COCO sets whose labels are incomplete, each in its own way.
 
 Shapes: K classes, h, w heat-map cells (stride 4), n boxes. Boxes are x0, y0, x1, y1.
 """
@@ -22,9 +22,10 @@ from edge_rsvlm.export.default.data.labels import (
     visible_share,
 )
 from edge_rsvlm.export.default.data.views import RGB_BANDS, U8_RANGE, cut, dihedral, dihedral_boxes, jitter
-from edge_rsvlm.export.default.model.detect import CLASSES, STRIDE
 
 F32 = npt.NDArray[np.float32]
+CLASSES = ("airplane", "helicopter", "boat", "car", "truck", "bus", "van")
+STRIDE = 4
 SIMD_NEAR = 0.75  # background is trusted within this many box sizes of a labelled object
 
 
@@ -61,13 +62,11 @@ SETS = (
 
 @dataclass(frozen=True)
 class Example:
-    """tile [5,H,W]; heat and weight [K,h,w]; sides [4,h,w] tile px and sides_weight [h,w]."""
+    """tile [5,H,W]; heat and weight [K,h,w]."""
 
     tile: F32
     heat: F32
     weight: F32
-    sides: F32
-    sides_weight: F32
 
 
 class DetectData:
@@ -106,14 +105,13 @@ def read_labels(path: Path, mapping: dict[str, str | None]) -> dict[str, Labels]
 
 def targets(
     boxes: npt.NDArray[np.float64], classes: npt.NDArray[np.int64], size_px: int, spec: DetectSet
-) -> tuple[F32, F32, F32, F32]:
-    """Heat [K,h,w], its loss weight [K,h,w], sides [4,h,w] and their weight [h,w] for boxes in tile px."""
+) -> tuple[F32, F32]:
+    """Heat [K,h,w] and its loss weight [K,h,w] for boxes in tile px."""
     n = size_px // STRIDE
     heat = np.zeros((len(CLASSES), n, n), np.float32)
     weight = np.zeros_like(heat)
     if not spec.sparse:
         weight[[CLASSES.index(c) for c in spec.complete]] = 1.0
-    sides, sides_weight = np.ones((4, n, n), np.float32), np.zeros((n, n), np.float32)
     centre: npt.NDArray[np.float64] = (np.arange(n, dtype=np.float64) + 0.5) * STRIDE
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     visible = [k for k in np.argsort(-areas) if visible_share(boxes[k], size_px) > 0]
@@ -127,10 +125,10 @@ def targets(
             rows, columns = _cells(box, n, 0.0)
             weight[:, rows, columns] = 0.0
             continue
-        _draw(heat[classes[k]], sides, sides_weight, box, centre)
+        _draw(heat[classes[k]], box, centre)
         # An object's own peak always counts, whatever ignore region overlaps it.
         weight[classes[k]][heat[classes[k]] == 1.0] = 1.0
-    return heat, weight, sides, sides_weight
+    return heat, weight
 
 
 def _cells(box: npt.NDArray[np.float64], n: int, grow: float) -> tuple[slice, slice]:
@@ -142,10 +140,8 @@ def _cells(box: npt.NDArray[np.float64], n: int, grow: float) -> tuple[slice, sl
     return slice(y0, y1), slice(x0, x1)
 
 
-def _draw(
-    heat: F32, sides: F32, sides_weight: F32, box: npt.NDArray[np.float64], centre: npt.NDArray[np.float64]
-) -> None:
-    """Add one box: an elliptic Gaussian with a peak of exactly 1, and side distances weighted by it."""
+def _draw(heat: F32, box: npt.NDArray[np.float64], centre: npt.NDArray[np.float64]) -> None:
+    """Add one box: an elliptic Gaussian with a peak of exactly 1."""
     x0, y0, x1, y1 = box
     last = len(centre) - 1
     jx = int(np.clip((x0 + x1) / 2 // STRIDE, 0, last))
@@ -154,13 +150,4 @@ def _draw(
     sy = max((y1 - y0) * GAUSSIAN_ALPHA / 6, STRIDE * 0.5)
     gx = np.exp(-0.5 * ((centre - centre[jx]) / sx) ** 2)
     gy = np.exp(-0.5 * ((centre - centre[jy]) / sy) ** 2)
-    g = (gy[:, None] * gx[None]).astype(np.float32)
-    np.maximum(heat, g, out=heat)
-    inside = (centre[None] > x0) & (centre[None] < x1) & (centre[:, None] > y0) & (centre[:, None] < y1) & (g > 0.05)
-    inside[jy, jx] = True
-    # Side targets of a peak cell outside the box (its object is cut by the tile) stay positive.
-    for i, d in enumerate((centre - x0, centre - y0, x1 - centre, y1 - centre)):
-        plane = np.broadcast_to(d[None] if i % 2 == 0 else d[:, None], g.shape)
-        sides[i][inside] = np.maximum(plane, 0.5)[inside]
-    # Normalised so that each object weighs the same, whatever its size.
-    sides_weight[inside] = (g / g[inside].sum())[inside]
+    np.maximum(heat, (gy[:, None] * gx[None]).astype(np.float32), out=heat)

@@ -1,0 +1,48 @@
+"""The default model, untrained, as its stages leave it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from edge_rsvlm.export import artifact
+from edge_rsvlm.export.default.describe import Thresholds, write_thresholds
+from edge_rsvlm.export.default.family import CUT_STAGES
+from edge_rsvlm.export.default.model.change import ChangeHead
+from edge_rsvlm.export.default.model.decoder import DecoderConfig
+from edge_rsvlm.export.default.model.language import Language
+from edge_rsvlm.export.default.stages.features import tokenizer_of
+from edge_rsvlm.export.default.stages.match import Match
+from edge_rsvlm.export.default.stages.vision import Vision
+
+SAID = ("two ships in the sea", "many airplanes at an airport", "trees", "does this picture contain trees", "yes")
+WORDS = sorted({word for said in SAID for word in said.split()})
+ASKED = sorted({*WORDS, "airplane", "the", "left", "on"})
+CUTS = Thresholds(detect=0.05, like=0.5, change=0.45)
+
+
+def write_stages(folder: Path) -> Path:
+    """With heads and norms that are not at their first, flat values."""
+    torch.manual_seed(0)
+    tokenizer = tokenizer_of(SAID)
+    size = tokenizer.get_vocab_size()
+    modules = {"vision": Vision(), "change": ChangeHead(), "match": Match(size, 0.1),
+               "language": Language(DecoderConfig(size))}  # fmt: skip
+    lines = {name: "".join(f"{word}\n" for word in words) for name, words in (("", WORDS), ("_asked", ASKED))}
+    texts = {"tokenizer.json": tokenizer.to_str(), **{f"vocabulary{name}.txt": said for name, said in lines.items()}}
+    made = {}
+    for name, module in modules.items():
+        for key, values in module.state_dict().items():
+            if key.endswith("running_mean"):
+                values.normal_(0, 0.1)
+            elif key.endswith("running_var"):
+                values.uniform_(0.5, 2)
+            elif key.endswith(("contrast.weight", "sides.weight", "out.weight")):
+                values.normal_(0, 0.1)
+        digest = artifact.stage_hash(name, {}, [])
+        state, more = module.state_dict(), texts if name == "language" else None
+        made[name] = artifact.write(folder / name, name, digest, {}, {}, state, more)
+    cuts = CUTS
+    write_thresholds(folder, [made[name] for name in CUT_STAGES], cuts)
+    return folder
