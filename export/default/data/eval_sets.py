@@ -74,19 +74,25 @@ def grounded(spec: ObjectSet, annotations: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def write_label_files(data: Path, out: Path) -> dict[str, int]:
+    """All of them, of the data sets below ``data``; the images of each."""
+    scenes = read_scenes(data / "ucm_captions" / "val.jsonl", "ucm_val")
+    made = {"questions": questions(scenes), "classes": classes(scenes)}
+    for spec in SETS:
+        made[f"phrases_{spec.name}"] = grounded(spec, data / spec.name / "train.json")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in made.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: len(rows) for name, rows in made.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("build/eval"))
     options = parser.parse_args()
-    scenes = read_scenes(options.data / "ucm_captions" / "val.jsonl", "ucm_val")
-    made = {"questions": questions(scenes), "classes": classes(scenes)}
-    for spec in SETS:
-        made[f"phrases_{spec.name}"] = grounded(spec, options.data / spec.name / "train.json")
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, rows in made.items():
-        (options.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{options.out / name}.jsonl: {len(rows)} images")
+    for name, images in write_label_files(options.data, options.out).items():
+        print(f"{options.out / name}.jsonl: {images} images")
 
 
 if __name__ == "__main__":
