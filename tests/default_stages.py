@@ -7,19 +7,22 @@ from pathlib import Path
 import torch
 
 from edge_rsvlm.export import artifact
+from edge_rsvlm.export.default.data.objects import CLASSES
 from edge_rsvlm.export.default.describe import Thresholds, write_thresholds
 from edge_rsvlm.export.default.family import CUT_STAGES
 from edge_rsvlm.export.default.model.change import ChangeHead
 from edge_rsvlm.export.default.model.decoder import DecoderConfig
 from edge_rsvlm.export.default.model.language import Language
+from edge_rsvlm.export.default.model.refer import Refer
 from edge_rsvlm.export.default.stages.features import tokenizer_of
 from edge_rsvlm.export.default.stages.match import Match
 from edge_rsvlm.export.default.stages.vision import Vision
+from edge_rsvlm.tasks.refer import feature_count
 
 SAID = ("two ships in the sea", "many airplanes at an airport", "trees", "does this picture contain trees", "yes")
 WORDS = sorted({word for said in SAID for word in said.split()})
-ASKED = sorted({*WORDS, "airplane", "the", "left", "on"})
-CUTS = Thresholds(detect=0.05, like=0.5, change=0.45)
+CUTS = Thresholds(detect=0.01, like=0.5, change=0.45)
+"""Low enough for objects in noise."""
 
 
 def write_stages(folder: Path) -> Path:
@@ -28,9 +31,9 @@ def write_stages(folder: Path) -> Path:
     tokenizer = tokenizer_of(SAID)
     size = tokenizer.get_vocab_size()
     modules = {"vision": Vision(), "change": ChangeHead(), "match": Match(size, 0.1),
-               "language": Language(DecoderConfig(size))}  # fmt: skip
-    lines = {name: "".join(f"{word}\n" for word in words) for name, words in (("", WORDS), ("_asked", ASKED))}
-    texts = {"tokenizer.json": tokenizer.to_str(), **{f"vocabulary{name}.txt": said for name, said in lines.items()}}
+               "language": Language(DecoderConfig(size)),
+               "refer": Refer(size, feature_count(len(CLASSES)))}  # fmt: skip
+    texts = {"tokenizer.json": tokenizer.to_str(), "vocabulary.txt": "".join(f"{word}\n" for word in WORDS)}
     made = {}
     for name, module in modules.items():
         for key, values in module.state_dict().items():

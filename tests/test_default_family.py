@@ -42,6 +42,7 @@ FACTS = BundleFacts(name="untrained")
 """By another name it is no older version of the packaged bundle."""
 GRAPHS = {
     "encoder", "detect", "segment", "change", "match", "text", "language_prefix", "language_embed", "language_decoder",
+    "refer",
 }  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def test_graphs_compute_what_the_stages_do(stages, exported):
 def example(given, sizes):
     """Other sizes than those of tracing."""
     shape = [other(sizes[size], size) if isinstance(size, str) else size for size in given.shape]
-    if given.name == "attention_mask":
+    if given.name in ("attention_mask", "objects_mask"):
         mask = torch.ones(shape, dtype=torch.int64)
         mask[1:, shape[1] // 2 :] = 0
         return mask
@@ -122,13 +123,14 @@ def other(size, name):
 def test_the_manifest_says_what_is_asked_and_how(exported):
     tasks = exported.manifest.tasks
     assert tasks.detect.classes == CLASSES and tasks.detect.text.output == "query"
-    assert (tasks.detect.score_threshold, tasks.detect.like_threshold, tasks.change.threshold) == (0.05, 0.5, 0.45)
+    assert (tasks.detect.score_threshold, tasks.detect.like_threshold, tasks.change.threshold) == (0.01, 0.5, 0.45)
     assert tasks.segment.text.output == "label" and tasks.segment.experimental
     assert tasks.segment.logit_scale == pytest.approx(10, rel=1e-3) and tasks.segment.logit_bias == -4
     assert tasks.classify == tasks.search and tasks.search.logit_scale == pytest.approx(14, rel=1e-3)
     assert tasks.caption.input == tasks.ask.input == tasks.search.input and tasks.detect.input == tasks.segment.input
-    assert tasks.ground.snap
-    assert tasks.ask.prompt == "{image}<ask>{text}<answer>" and tasks.ground.boxes.scale == 128
+    assert tasks.ground.input == tasks.detect.input and tasks.ground.most_objects == 48
+    assert tasks.ask.prompt == "{image}<ask>{text}<answer>" and tasks.ask.vocabulary == "vocabulary.txt"
+    assert "leftmost" in exported.path("phrases.txt").read_text().splitlines()
     assert exported.path("objects.txt").read_text().splitlines()[:4] == ["a", "aircraft", "airliner", "airliners"]
     assert exported.path("vocabulary.txt").read_text().split() == WORDS
     assert all(task.memory.measured for _, task in exported.manifest.tasks if task is not None)
@@ -159,7 +161,10 @@ def test_masks_classes_and_retrieval(run, image, tmp_path):
 def test_captions_answers_boxes_of_phrases_and_change(run, image, tmp_path):
     assert "caption" in json.loads(run("caption", image, "--json").stdout)
     assert "answer" in json.loads(run("ask", image, "does this picture contain trees?", "--json").stdout)
-    assert "detections" in json.loads(run("ground", image, "the airplane on the left", "--json").stdout)
+    found = json.loads(run("ground", image, "the airplane on the left", "--json").stdout)["detections"]
+    assert {box["label"] for box in found} <= {"the airplane on the left"} and all(box["score"] >= 0.3 for box in found)
+    with pytest.raises(Exception, match="never learnt 'beautiful'"):
+        run("ground", image, "the beautiful airplane")
     shutil.copy(image, tmp_path / "after.png")
     assert "changed_fraction" in json.loads(run("change", image, tmp_path / "after.png", "--json").stdout)
 
@@ -190,7 +195,7 @@ def test_fewer_bits_are_calibrated_and_judged_by_every_task(recipe, exported, tm
     static = dict.fromkeys(("encoder", "segment", "change", "match"), "int8")
     assert kinds == static | {
         "detect": "f16", "text": "int8-dynamic", "language_prefix": "int8-dynamic", "language_embed": "f16",
-        "language_decoder": "int8-dynamic",
+        "language_decoder": "int8-dynamic", "refer": "int8-dynamic",
     }  # fmt: skip
     sources = list_inputs([str(tmp_path / "images")])
     checks = compare_answers(exported, after, sources[:1], (), {}, lambda *_: None)

@@ -193,20 +193,6 @@ def test_the_tokenizer_reads_questions_as_they_are_typed(tokenizer):
     assert ids.ids == plain.ids and ids.tokens[0] == "<ask>" and ids.tokens[-1] == "<answer>"
 
 
-def test_boxes_are_written_as_the_runtime_reads_them(tokenizer):
-    from edge_rsvlm.config.task_specs import BoxFormat
-    from edge_rsvlm.export.default.stages import crops
-    from edge_rsvlm.export.default.stages.features import BOX, END_BOX, LOCATIONS
-    from edge_rsvlm.export.default.stages.language import written
-    from edge_rsvlm.tasks.generate import parse_boxes
-
-    boxes = np.array([[300.0, 100, 400, 220], [16, 40, 96, 200]])
-    text = written(crops.Crops(None, [boxes], [[]]), 0, (0, 1))
-    shown = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=True)
-    found = parse_boxes(shown, BoxFormat(open=BOX, close=END_BOX, scale=len(LOCATIONS)), (512, 512))
-    assert np.abs(np.array(found) * crops.SIZE_PX - boxes[[1, 0]]).max() <= crops.SIZE_PX / len(LOCATIONS)
-
-
 def test_only_answers_are_learnt(tokenizer):
     from edge_rsvlm.export.default.stages.language import IGNORE, padded
 

@@ -211,7 +211,6 @@ class GenerateTask(Model):
     length_penalty: float
     """Beams are ranked by log-probability / length ** length_penalty (after Wu et al. 2016, section 7)."""
     boxes: BoxFormat | None = None
-    snap: bool = False
     vocabulary: str | None = None
     """As of TextEncoder, for what is asked."""
     memory: TaskMemory

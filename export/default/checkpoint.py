@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from edge_rsvlm.errors import InputError
 from edge_rsvlm.export import artifact
 from edge_rsvlm.export.checkpoint.reading import Checkpoint, LazyTensor, list_safetensors
+from edge_rsvlm.export.default.data.objects import CLASSES
 from edge_rsvlm.export.default.describe import THRESHOLDS_NAME
 from edge_rsvlm.export.default.model.boxes import BoxHead
 from edge_rsvlm.export.default.model.change import ChangeHead
@@ -24,11 +25,13 @@ from edge_rsvlm.export.default.model.dense import DenseHead
 from edge_rsvlm.export.default.model.encoder import Encoder
 from edge_rsvlm.export.default.model.language import Language
 from edge_rsvlm.export.default.model.pyramid import Pyramid
-from edge_rsvlm.export.default.stages import change, language, match, vision
+from edge_rsvlm.export.default.model.refer import Refer
+from edge_rsvlm.export.default.stages import change, language, match, refer, vision
 from edge_rsvlm.export.default.stages.match import Match
+from edge_rsvlm.tasks.refer import feature_count
 
-STAGES = (vision.NAME, change.NAME, match.NAME, language.NAME)
-TEXTS = (language.TOKENIZER_NAME, language.VOCABULARY_NAME, language.ASKED_NAME)
+STAGES = (vision.NAME, change.NAME, match.NAME, language.NAME, refer.NAME)
+TEXTS = (language.TOKENIZER_NAME, language.VOCABULARY_NAME)
 """Files of the language stage that go into the bundle."""
 OF_VISION = ("encoder.", "pyramid.", "boxes.", "dense.")
 """What the vision stage trains for the bundle: its change head is replaced, the text encoder gives the vectors of its
@@ -57,6 +60,7 @@ class DefaultModel(PreTrainedModel):
         self.boxes, self.dense = BoxHead(), DenseHead()
         self.match = Match(config.vocabulary, dropout=0.0)
         self.language = Language(DecoderConfig(config.vocabulary, dropout=0.0))
+        self.refer = Refer(config.vocabulary, feature_count(len(CLASSES)))
         self.post_init()
 
     @classmethod

@@ -13,14 +13,15 @@ from edge_rsvlm.export.artifact import Artifact
 from edge_rsvlm.export.default.data.captions import BOS, EOS_ID
 from edge_rsvlm.export.default.data.change import OVERLAP_PX, TILE_PX
 from edge_rsvlm.export.default.data.objects import CLASSES, QUERIES
+from edge_rsvlm.export.default.data.phrases import every_phrase
 from edge_rsvlm.export.default.data.views import MEAN, S2_RANGE, STD, U8_RANGE
 from edge_rsvlm.export.default.data.words import vocabulary
 from edge_rsvlm.export.default.graphs import DETECT_MAPS, SEGMENT_MAPS, TOKEN_MAPS
 from edge_rsvlm.export.default.model import boxes, change, dense
 from edge_rsvlm.export.default.model.decoder import DecoderConfig
 from edge_rsvlm.export.default.model.encoder import STEM_BANDS, STRIDES
-from edge_rsvlm.export.default.stages import crops, language
-from edge_rsvlm.export.default.stages.features import ANSWER, ASK, BOX, END_BOX, GROUND, LOCATIONS
+from edge_rsvlm.export.default.stages import language, refer
+from edge_rsvlm.export.default.stages.features import ANSWER, ASK
 
 NAME = "edge-rsvlm-default"
 LICENCE = "research and non-commercial use only (terms of the training data)"
@@ -42,17 +43,21 @@ FLOAT_RANGE = S2_RANGE / 10_000  # reflectance
 THRESHOLDS_NAME = "thresholds.json"
 OBJECTS_NAME = "objects.txt"
 """The words that name objects: a list of what boxes were learnt for, shorter than what captions say."""
+PHRASES_NAME = "phrases.txt"
+"""The words of phrases for objects."""
 ARTICLES = ("a", "the", "all")
 """Said before the words in training."""
 OBJECTS_M, SCENES_M = (0.1, 1.0), (0.3, 15.0)
 """Ground resolutions of the training images under their scale jitter."""
-SCENE_PX, WHOLE_SCENE_PX, WHOLE_CROP_PX = 256, 512, 1024
+SCENE_PX, WHOLE_SCENE_PX = 256, 512
 """Images of unknown ground resolution up to so many pixels are looked at whole."""
 CAPTION_TOKENS, ANSWER_TOKENS = 32, 16
 CAPTION_BEAMS = 3
 TEXT_TOKENS = 64
 """More than the longest caption has."""
 SEGMENT_THRESHOLD = 0.5
+REFER_THRESHOLD = 0.3
+"""Below a half: who asks for an object expects an answer, and training has phrases for nothing too."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,11 @@ def objects_vocabulary() -> list[str]:
     return vocabulary([*ARTICLES, *(word for query in QUERIES for word in query.words)])
 
 
+def phrases_vocabulary() -> list[str]:
+    """Words that ``ground`` takes."""
+    return vocabulary(every_phrase())
+
+
 def input_spec(
     tile_px: int,
     overlap_px: int,
@@ -125,7 +135,6 @@ def task_specs(decoder: DecoderConfig, cuts: Thresholds, scales: Scales) -> dict
     """Tasks of the manifest, without ``memory``."""
     scene = input_spec(SCENE_PX, 0, SCENES_M, whole_px=WHOLE_SCENE_PX)
     written = _generate(decoder)
-    asked = {**written, "vocabulary": language.ASKED_NAME, "beams": 1}
     return {
         **_map_tasks(cuts, scales),
         "change": _change(cuts.change),
@@ -133,22 +142,16 @@ def task_specs(decoder: DecoderConfig, cuts: Thresholds, scales: Scales) -> dict
             **written, "input": scene, "prompt": "{image}" + BOS, "max_tokens": CAPTION_TOKENS,
             "beams": CAPTION_BEAMS,
         },
-        "ask": {**asked, "input": scene, "prompt": _prompt(ASK), "max_tokens": ANSWER_TOKENS},
-        "ground": {
-            **asked, "input": input_spec(crops.SIZE_PX, 0, OBJECTS_M, whole_px=WHOLE_CROP_PX),
-            "prompt": _prompt(GROUND), "max_tokens": language.MOST_TOKENS,
-            "boxes": {"open": BOX, "close": END_BOX, "scale": len(LOCATIONS)}, "snap": True,
+        "ask": {
+            **written, "input": scene, "prompt": f"{{image}}{ASK}{{text}}{ANSWER}", "max_tokens": ANSWER_TOKENS,
+            "beams": 1, "vocabulary": language.VOCABULARY_NAME,
         },
         **dict.fromkeys(("classify", "search"), _match(scene, scales)),
     }  # fmt: skip
 
 
-def _prompt(mark: str) -> str:
-    return f"{{image}}{mark}{{text}}{ANSWER}"
-
-
 def _map_tasks(cuts: Thresholds, scales: Scales) -> dict[str, Any]:
-    """What is read of maps of embeddings: boxes and masks."""
+    """What is read of maps of embeddings: boxes, what phrases mean of them, and masks."""
     spec = input_spec(512, 160, OBJECTS_M)
     return {
         "detect": {
@@ -156,6 +159,10 @@ def _map_tasks(cuts: Thresholds, scales: Scales) -> dict[str, Any]:
             "text": _text("query", OBJECTS_NAME), "query_prompt": "{label}", "classes": CLASSES,
             "stride": boxes.STRIDE, "score_threshold": cuts.detect, "like_threshold": cuts.like, "nms_iou": 0.5,
             "max_boxes_per_tile": 1000,
+        },
+        "ground": {
+            "kind": "refer", "input": spec, "graph": "refer", "tokenizer": _tokenizer(), "vocabulary": PHRASES_NAME,
+            "threshold": REFER_THRESHOLD, "most_objects": refer.MOST_OBJECTS,
         },
         "segment": {
             "input": spec, **_head("segment", SEGMENT_MAPS), "text": _text("label", language.VOCABULARY_NAME),
@@ -178,8 +185,11 @@ def _head(name: str, maps: Sequence[str]) -> dict[str, Any]:
 
 
 def _text(output: str, words: str) -> dict[str, Any]:
-    tokenizer = {"file": language.TOKENIZER_NAME, "add_special_tokens": False, "max_length": TEXT_TOKENS}
-    return {"graph": "text", "tokenizer": tokenizer, "output": output, "vocabulary": words}
+    return {"graph": "text", "tokenizer": _tokenizer(), "output": output, "vocabulary": words}
+
+
+def _tokenizer() -> dict[str, Any]:
+    return {"file": language.TOKENIZER_NAME, "add_special_tokens": False, "max_length": TEXT_TOKENS}
 
 
 def _change(threshold: float) -> dict[str, Any]:

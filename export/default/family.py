@@ -15,6 +15,7 @@ from edge_rsvlm.export import artifact
 from edge_rsvlm.export.checkpoint.reading import LazyTensor
 from edge_rsvlm.export.default.checkpoint import TEXTS, DefaultModel, open_stages
 from edge_rsvlm.export.default.data.captions import EOS_ID
+from edge_rsvlm.export.default.data.objects import CLASSES
 from edge_rsvlm.export.default.data.scenes import TILE_PX
 from edge_rsvlm.export.default.data.views import RGB_BANDS, U8_RANGE, cut
 from edge_rsvlm.export.default.describe import (
@@ -22,9 +23,11 @@ from edge_rsvlm.export.default.describe import (
     LICENCE,
     NAME,
     OBJECTS_NAME,
+    PHRASES_NAME,
     TRAINING_DATA,
     Scales,
     objects_vocabulary,
+    phrases_vocabulary,
     read_thresholds,
     task_specs,
 )
@@ -51,6 +54,7 @@ from edge_rsvlm.export.default.stages.features import ANSWER, ASK, tokens_of
 from edge_rsvlm.export.default.stages.match import MOST_SCALE
 from edge_rsvlm.export.families.base import Arrays, Description, Family, GraphInput, GraphPlan, Source
 from edge_rsvlm.export.families.generation import roles
+from edge_rsvlm.tasks.refer import feature_count
 
 EXAMPLE_HW = (96, 160)
 PARITY_TOKENS = 16
@@ -78,6 +82,7 @@ class Default(Family):
             _maps_plan("change", lambda m: ChangeGraph(m.change), CHANGE_INPUTS, ("change",)),
             _maps_plan("match", lambda m: MatchGraph(m.match.pooled), ("c5",), ("embedding",)),
             _text_plan(),
+            _refer_plan(),
             _maps_plan("language_prefix", lambda m: PrefixGraph(m.language.prefix), TOKEN_MAPS, ("features",)),
             *_language_plans(_decoder_config(source)),
         )
@@ -89,7 +94,8 @@ class Default(Family):
         spoken = graphs["text"]["outputs"]
         spoken["embedding"] = spoken.pop(TEXT_EMBEDDING)
         files = {name: (source.folder / language.NAME / name).read_bytes() for name in TEXTS}
-        files[OBJECTS_NAME] = "".join(f"{word}\n" for word in objects_vocabulary()).encode()
+        for name, words in ((OBJECTS_NAME, objects_vocabulary()), (PHRASES_NAME, phrases_vocabulary())):
+            files[name] = "".join(f"{word}\n" for word in words).encode()
         return Description(
             graphs,
             task_specs(_decoder_config(source), cuts, _scales(open_stages(source.folder).tensors)),
@@ -145,10 +151,20 @@ def _maps_plan(
     )
 
 
+def _refer_plan() -> GraphPlan:
+    objects = GraphInput("objects", ("batch", "objects", feature_count(len(CLASSES))))
+    mask = GraphInput("objects_mask", ("batch", "objects"), torch.int64)
+    sizes = {"batch": 2, "text": 7, "objects": 3}
+    return GraphPlan("refer", lambda m: m.refer, (*_text_inputs(), objects, mask), ("logits",), sizes)
+
+
+def _text_inputs() -> tuple[GraphInput, ...]:
+    return tuple(GraphInput(name, ("batch", "text"), torch.int64) for name in ("input_ids", "attention_mask"))
+
+
 def _text_plan() -> GraphPlan:
-    inputs = tuple(GraphInput(name, ("batch", "text"), torch.int64) for name in ("input_ids", "attention_mask"))
     outputs = (TEXT_EMBEDDING, "query", "label")
-    return GraphPlan("text", lambda m: TextGraph(m.match.text), inputs, outputs, {"batch": 2, "text": 7})
+    return GraphPlan("text", lambda m: TextGraph(m.match.text), _text_inputs(), outputs, {"batch": 2, "text": 7})
 
 
 def _language_plans(config: DecoderConfig) -> tuple[GraphPlan, GraphPlan]:

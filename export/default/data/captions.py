@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from edge_rsvlm.export.default.data.augment import degraded
@@ -35,22 +35,18 @@ def tidy(caption: str) -> str:
     return " ".join(caption.lower().replace(" ,", ",").rstrip(" .").split())
 
 
-def train_tokenizer(captions: Sequence[str], specials: Sequence[str] = (BOS, EOS), others: Sequence[str] = ()) -> Any:
-    """Byte-level BPE with digits apart: the pre-tokenizer llama.cpp knows as "smollm".
-
-    ``specials`` come first; ``others`` are tokens of their own too, which answers show, and come last.
-    """
+def train_tokenizer(captions: Sequence[str], specials: Sequence[str] = (BOS, EOS)) -> Any:
+    """Byte-level BPE with digits apart: the pre-tokenizer llama.cpp knows as "smollm". ``specials`` come first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(others), special_tokens=list(specials),
+        vocab_size=VOCABULARY, special_tokens=list(specials),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator(captions, trainer)
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in others])
     return tokenizer
 
 

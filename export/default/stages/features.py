@@ -19,6 +19,7 @@ from torch import Tensor
 from edge_rsvlm.export import artifact
 from edge_rsvlm.export.default.data.captions import BOS, EOS, FeatureStore, cached_features, train_tokenizer
 from edge_rsvlm.export.default.data.objects import QUERIES
+from edge_rsvlm.export.default.data.phrases import every_phrase
 from edge_rsvlm.export.default.data.questions import asked
 from edge_rsvlm.export.default.data.scenes import UCM_LABELS, SceneSet, rsicd, training_ucm, ucm
 from edge_rsvlm.export.default.data.words import class_words, label_words, sentences
@@ -28,10 +29,9 @@ from edge_rsvlm.export.default.stages.backbone import FILE
 from edge_rsvlm.export.default.stages.tflite_weights import convolutions
 
 VIEWS = {"ucm": 8, "rsicd": 2}
-ASK, GROUND, ANSWER, BOX, END_BOX = "<ask>", "<ground>", "<answer>", "<box>", "</box>"
-LOCATIONS = tuple(f"<{i}>" for i in range(128))
-SPECIALS, SHOWN = (BOS, EOS, ASK, GROUND, ANSWER), (BOX, END_BOX, *LOCATIONS)
-"""Tokens that no answer shows, and tokens that answers are read from."""
+ASK, ANSWER = "<ask>", "<answer>"
+SPECIALS = (BOS, EOS, ASK, ANSWER)
+"""Tokens that no answer shows."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Scenes:
-    """Both sets, and the tokenizer of their words."""
+    """Both sets, and the tokenizer of their words and of those of phrases."""
 
     parts: tuple[Part, ...]
     tokenizer: Any
@@ -63,12 +63,13 @@ def of_scenes(data: Path, work: Path, backbone: artifact.Artifact, vision: artif
         cache = work / "cache" / f"tokens-{name}-{vision.hash[:12]}.f16"
         store = cached_features(encoder, scenes, VIEWS[name], cache, TOKEN_CHANNELS, tokens_of)
         parts.append(Part(name, scenes, usable[name], VIEWS[name], store))
-    return Scenes(tuple(parts), tokenizer_of(texts([(p.scenes, p.usable) for p in parts])))
+    said = texts([(p.scenes, p.usable) for p in parts])
+    return Scenes(tuple(parts), tokenizer_of([*said, *every_phrase()]))
 
 
 def tokenizer_of(said: Sequence[str]) -> Any:
     """That of all texts, which it reads in lower case and without the marks that end a sentence."""
-    tokenizer = train_tokenizer(said, SPECIALS, SHOWN)
+    tokenizer = train_tokenizer(said, SPECIALS)
     marks, spaces = Regex(r"[?!.;:\"]+"), Regex(r"\s+")
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -82,7 +83,7 @@ def tokenizer_of(said: Sequence[str]) -> Any:
 
 
 def texts(parts: Sequence[tuple[SceneSet, npt.NDArray[np.int64]]]) -> list[str]:
-    """All that is said in training, one by one: the tokenizer and the vocabulary are of these."""
+    """All that is said of scenes in training, one by one: the words that their tasks take are of these."""
     found = [word for query in QUERIES for word in query.words]
     found += [word for label in UCM_LABELS for word in label_words(label)]
     for scenes, usable in parts:

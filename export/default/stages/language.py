@@ -1,9 +1,8 @@
-"""Stage 5: the decoder, on cached features of the finished encoder: captions, answers, and boxes as location tokens.
+"""Stage 5: the decoder, on cached features of the finished encoder: captions and answers.
 
 A sequence is a prompt and an answer after the visual tokens of its image:
     <bos> a sentence <eos>
     <ask> a question <answer> an answer <eos>
-    <ground> a phrase <answer> <box> <x0> <y0> <x1> <y1> </box> ... <eos>
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from edge_rsvlm.export.default.data.words import sentences, vocabulary
 from edge_rsvlm.export.default.loop import ahead, device, train
 from edge_rsvlm.export.default.model.decoder import DecoderConfig, packed_layout
 from edge_rsvlm.export.default.model.language import Language
-from edge_rsvlm.export.default.stages import crops, features
-from edge_rsvlm.export.default.stages.features import ANSWER, ASK, BOX, END_BOX, GROUND, LOCATIONS
+from edge_rsvlm.export.default.stages import features
+from edge_rsvlm.export.default.stages.features import ANSWER, ASK
 
 NAME = "language"
 DEFAULTS: dict[str, Any] = {
@@ -34,20 +33,18 @@ DEFAULTS: dict[str, Any] = {
     "images": 48,
     "ucm_share": 0.45,
     "question_share": 0.3,
-    "ground_every": 3,
-    "ground_images": 8,
     "rate": 1.5e-3,
     "dropout": 0.15,
     "label_smoothing": 0.1,
     "seed": 0,
 }
-SEQUENCES, PHRASES = 3, 6
+SEQUENCES = 3
 """Of an image at a time: sentences of one image repeat each other."""
 MOST_TOKENS = 40
 IGNORE = -100
 TOKENIZER_NAME = "tokenizer.json"
-VOCABULARY_NAME, ASKED_NAME = "vocabulary.txt", "vocabulary_asked.txt"
-"""Words of the scenes, and these with those of phrases for objects; one a line."""
+VOCABULARY_NAME = "vocabulary.txt"
+"""Words that are said of scenes and asked about them, one a line."""
 Batch = dict[str, Tensor]
 Sequence = tuple[str, str]
 """Prompt and answer."""
@@ -65,30 +62,21 @@ def run(
     seen = features.of_scenes(data, work, backbone, vision)
     model = Language(DecoderConfig(seen.tokenizer.get_vocab_size(), dropout=config["dropout"])).to(device()).train()
     rng = np.random.default_rng(config["seed"])
-    objects = crops.of_objects(data, work, vision)
     said = ahead(Said(seen, config, rng), depth=4)
-    shown = ahead(Shown(objects, seen.tokenizer, config, rng), depth=4)
-
-    def losses(step: int) -> dict[str, Tensor]:
-        if step % int(config["ground_every"]) == 0:
-            return {"boxes": loss(model, next(shown), 0.0)}
-        return {"words": loss(model, next(said), config["label_smoothing"])}
-
     state, metrics = train(
-        model, [{"params": list(model.parameters()), "lr": config["rate"]}], losses,
+        model, [{"params": list(model.parameters()), "lr": config["rate"]}],
+        lambda _: {"words": loss(model, next(said), config["label_smoothing"])},
         minutes=config["minutes"], checkpoint=work / f"{NAME}-{digest[:12]}.pt",
     )  # fmt: skip
-    return artifact.write(work / NAME, NAME, digest, config, metrics, state, texts(seen, objects))
+    return artifact.write(work / NAME, NAME, digest, config, metrics, state, texts(seen))
 
 
-def texts(seen: features.Scenes, objects: crops.Crops) -> dict[str, str]:
+def texts(seen: features.Scenes) -> dict[str, str]:
     """Files of the artifact by name."""
-    scenes = features.texts([(part.scenes, part.usable) for part in seen.parts])
-    phrases = [phrase.words for of_crop in objects.phrases for phrase in of_crop]
+    said = features.texts([(part.scenes, part.usable) for part in seen.parts])
     return {
         TOKENIZER_NAME: seen.tokenizer.to_str(),
-        VOCABULARY_NAME: "".join(f"{word}\n" for word in vocabulary(scenes)),
-        ASKED_NAME: "".join(f"{word}\n" for word in vocabulary([*scenes, *phrases])),
+        VOCABULARY_NAME: "".join(f"{word}\n" for word in vocabulary(said)),
     }
 
 
@@ -123,7 +111,7 @@ class Said:
             if found := self._sequences(number, image, view):
                 maps.append(part.store[image, view])
                 sequences.append(found)
-        return {"tokens": torch.from_numpy(np.stack(maps)), **padded(self.seen.tokenizer, sequences, SEQUENCES)}
+        return {"tokens": torch.from_numpy(np.stack(maps)), **padded(self.seen.tokenizer, sequences)}
 
     def _sequences(self, number: int, image: int, view: int) -> list[Sequence]:
         """Of a turned image, only what is true whichever way it lies."""
@@ -142,37 +130,7 @@ class Said:
         return found
 
 
-@dataclass
-class Shown:
-    """Batches of crops with phrases for their objects."""
-
-    crops: crops.Crops
-    tokenizer: Any
-    config: dict[str, Any]
-    rng: np.random.Generator
-
-    def __call__(self) -> Batch:
-        chosen = self.rng.choice(len(self.crops.phrases), self.config["ground_images"], replace=False)
-        sequences = []
-        for i in chosen:
-            found = self.crops.phrases[int(i)]
-            picked = self.rng.choice(len(found), min(PHRASES, len(found)), replace=False)
-            sequences.append(
-                [(f"{GROUND}{found[k].words}{ANSWER}", written(self.crops, int(i), found[k].boxes)) for k in picked]
-            )
-        maps = np.stack([self.crops.store[int(i), 0] for i in chosen])
-        return {"tokens": torch.from_numpy(maps), **padded(self.tokenizer, sequences, PHRASES)}
-
-
-def written(found: crops.Crops, crop: int, boxes: tuple[int, ...]) -> str:
-    """Boxes of a crop as tokens, from left to right and then from the top: one order for every set of boxes."""
-    shares = found.boxes[crop][list(boxes)] / crops.SIZE_PX
-    numbers = np.clip(np.floor(shares * len(LOCATIONS)), 0, len(LOCATIONS) - 1).astype(int)
-    ordered = sorted(numbers.tolist())
-    return "".join(BOX + "".join(LOCATIONS[n] for n in box) + END_BOX for box in ordered)
-
-
-def padded(tokenizer: Any, sequences: list[list[Sequence]], count: int) -> Batch:
+def padded(tokenizer: Any, sequences: list[list[Sequence]], count: int = SEQUENCES) -> Batch:
     """``fed`` [N,S,T] and ``expected`` [N,S,T], IGNORE in the prompt and beyond the end."""
     eos = tokenizer.token_to_id(EOS)
     pairs = [
