@@ -47,10 +47,10 @@ def train(data: Path, work: Path, until: str, scale: float) -> None:
     report(match.run(data, work, scaled(match.DEFAULTS), imported, seen))
     if until == match.NAME:
         return
-    spoken = report(language.run(data, work, scaled(language.DEFAULTS), imported, seen))
+    report(language.run(data, work, scaled(language.DEFAULTS), imported, seen))
     if until == language.NAME:
         return
-    report(refer.run(data, work, scaled(refer.DEFAULTS), spoken))
+    report(refer.run(data, work, scaled(refer.DEFAULTS), imported))
 
 
 def report(done: artifact.Artifact) -> artifact.Artifact:

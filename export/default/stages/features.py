@@ -56,22 +56,31 @@ class Scenes:
 def of_scenes(data: Path, work: Path, backbone: artifact.Artifact, vision: artifact.Artifact) -> Scenes:
     """UCM without its validation images, and RSICD."""
     encoder = load_encoder(vision)
-    sets = {"ucm": ucm(data, work / "cache"), "rsicd": rsicd(data, work / "cache")}
-    usable = {"ucm": training_ucm(sets["ucm"], backbone), "rsicd": np.arange(len(sets["rsicd"]))}
     parts = []
-    for name, scenes in sets.items():
+    for name, (scenes, usable) in _sets(data, work, backbone).items():
         cache = work / "cache" / f"tokens-{name}-{vision.hash[:12]}.f16"
         store = cached_features(encoder, scenes, VIEWS[name], cache, TOKEN_CHANNELS, tokens_of)
-        parts.append(Part(name, scenes, usable[name], VIEWS[name], store))
-    said = texts([(p.scenes, p.usable) for p in parts])
-    return Scenes(tuple(parts), tokenizer_of([*said, *every_phrase()]))
+        parts.append(Part(name, scenes, usable, VIEWS[name], store))
+    return Scenes(tuple(parts), tokenizer(data, work, backbone))
+
+
+def _sets(data: Path, work: Path, backbone: artifact.Artifact) -> dict[str, tuple[SceneSet, npt.NDArray[np.int64]]]:
+    """Scenes by name, and which of them may be trained on."""
+    cache = work / "cache"
+    of_ucm, of_rsicd = ucm(data, cache), rsicd(data, cache)
+    return {"ucm": (of_ucm, training_ucm(of_ucm, backbone)), "rsicd": (of_rsicd, np.arange(len(of_rsicd)))}
+
+
+def tokenizer(data: Path, work: Path, backbone: artifact.Artifact) -> Any:
+    """Of all that is said in training, of scenes and of objects; it needs no image."""
+    return tokenizer_of([*texts([*_sets(data, work, backbone).values()]), *every_phrase()])
 
 
 def tokenizer_of(said: Sequence[str]) -> Any:
     """That of all texts, which it reads in lower case and without the marks that end a sentence."""
-    tokenizer = train_tokenizer(said, SPECIALS)
+    made = train_tokenizer(said, SPECIALS)
     marks, spaces = Regex(r"[?!.;:\"]+"), Regex(r"\s+")
-    tokenizer.normalizer = normalizers.Sequence(
+    made.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),
             normalizers.Replace(marks, " "),
@@ -79,7 +88,7 @@ def tokenizer_of(said: Sequence[str]) -> Any:
             normalizers.Strip(),
         ]
     )
-    return tokenizer
+    return made
 
 
 def texts(parts: Sequence[tuple[SceneSet, npt.NDArray[np.int64]]]) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +24,7 @@ from edge_rsvlm.export.default.data.phrases import NAMES, Objects, Phrase, phras
 from edge_rsvlm.export.default.loop import ahead, device, train
 from edge_rsvlm.export.default.model.refer import Refer
 from edge_rsvlm.export.default.splits import held_out
-from edge_rsvlm.export.default.stages.language import TOKENIZER_NAME
+from edge_rsvlm.export.default.stages import features
 from edge_rsvlm.export.default.stages.match import tokens
 from edge_rsvlm.tasks.refer import describe, feature_count
 from edge_rsvlm.types import Boxes
@@ -57,14 +56,14 @@ class Layout:
     size: tuple[float, float]
 
 
-def run(data: Path, work: Path, config: dict[str, Any], language: artifact.Artifact) -> artifact.Artifact:
-    """Train with the tokenizer of the language stage."""
+def run(data: Path, work: Path, config: dict[str, Any], backbone: artifact.Artifact) -> artifact.Artifact:
+    """Train; ``backbone`` says which scenes are not read, for the tokenizer that all stages have."""
     config = DEFAULTS | config
-    digest = artifact.stage_hash(NAME, config, [language])
+    digest = artifact.stage_hash(NAME, config, [backbone])
     if found := artifact.find(work / NAME, digest):
         return found
     torch.manual_seed(config["seed"])
-    tokenizer = Tokenizer.from_file(str(language.folder / TOKENIZER_NAME))
+    tokenizer = features.tokenizer(data, work, backbone)
     model = Refer(tokenizer.get_vocab_size(), feature_count(len(CLASSES)), config["dropout"]).to(device()).train()
     batches = ahead(BatchMaker(layouts(data), tokenizer, config, np.random.default_rng(config["seed"])), depth=4)
     state, metrics = train(
