@@ -113,6 +113,9 @@ def test_words_that_were_not_learnt_are_not_scored_unless_renamed(session, tmp_p
     found = evaluate_detect(session, labels, str(tmp_path), None, LabelRules(alias={"bus": "red"}), None)
     values = {(s.metric, s.label): s.value for s in found.scores}
     assert values["AP50", "red"] == 1 and found.not_scored == ()
+    found = evaluate_detect(session, labels, str(tmp_path), None, LabelRules(alias={"green": "blue"}), None)
+    values = {(s.metric, s.label): s.value for s in found.scores}
+    assert values["AP50", "blue"] < 1, "what is scored is asked for: the alias"
 
 
 def test_the_verb_reports_draws(tmp_path, monkeypatch):

@@ -61,8 +61,8 @@ def evaluate_detect(
 ) -> Evaluation:
     """AP50, AP50:95, and precision, recall and F1 at the bundle's threshold, against a COCO file.
 
-    A bundle that reads words is asked for the categories of the file by their names, or by their aliases where it
-    never learnt a name.
+    A bundle that reads words is asked for what is scored: for the aliases of the file's categories, or for their names
+    where it never learnt an alias.
     """
     task = detect_task(session.bundle.manifest)
     scoring.detection_libraries()
@@ -169,7 +169,7 @@ def _askable(session: Session, labels: Sequence[str], rules: LabelRules) -> tupl
     """The words for the categories of a file, as far as the bundle learnt them."""
     asked = []
     for name in dict.fromkeys(labels):
-        for word in () if name in rules.ignore else (name, rules.renamed(name)):
+        for word in () if name in rules.ignore else (rules.renamed(name), name):
             with suppress(UsageError):
                 check_texts(session.bundle, "detect", [word])
                 asked.append(word)
