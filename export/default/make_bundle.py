@@ -17,11 +17,14 @@ from edge_rsvlm.config.manifest import MANIFEST_NAME
 from edge_rsvlm.export import artifact
 from edge_rsvlm.export.bundle_writer import bundle_folder, write_manifest
 from edge_rsvlm.export.chain import run_export
-from edge_rsvlm.export.default.baselines import change_vectors, consensus
-from edge_rsvlm.export.default.describe import Thresholds, read_thresholds
+from edge_rsvlm.export.default.baselines import baselines
+from edge_rsvlm.export.default.checkpoint import STAGES
+from edge_rsvlm.export.default.data.objects import boxes_learnt
+from edge_rsvlm.export.default.describe import objects_vocabulary, phrases_vocabulary, read_thresholds
+from edge_rsvlm.export.default.family import CUT_STAGES
 from edge_rsvlm.export.default.model_card import CARD_NAME, CardFacts, write_card
-from edge_rsvlm.export.default.score import evaluations
-from edge_rsvlm.export.default.stages import backbone, caption, change, joint
+from edge_rsvlm.export.default.score import BY_EXAMPLES, EVALUATIONS, evaluations
+from edge_rsvlm.export.default.stages import backbone, language
 from edge_rsvlm.export.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).parent / "RECIPE.toml"
@@ -42,7 +45,7 @@ def publish(made: Path, weights: Path, data: Path, out: Path) -> int:
     """Score the bundle ``made``, write its card, and put it to ``out`` with its hash beside it; returns its bytes."""
     fields: dict[str, Any] = json.loads((made / MANIFEST_NAME).read_text())
     del fields["files"], fields["schema_version"]
-    fields["accuracy"] = evaluations(data, made)
+    fields["accuracy"] = evaluations(data, made, rows=(*EVALUATIONS, *BY_EXAMPLES))
     with bundle_folder(out) as folder:
         shutil.copytree(made, folder, dirs_exist_ok=True)
         write_card(folder / CARD_NAME, _facts(fields, weights, data))
@@ -56,12 +59,21 @@ def publish(made: Path, weights: Path, data: Path, out: Path) -> int:
 
 
 def _facts(fields: dict[str, Any], weights: Path, data: Path) -> CardFacts:
-    stages = [artifact.load(weights / stage.NAME) for stage in (joint, change, caption)]
+    stages = {name: artifact.load(weights / name) for name in STAGES}
+    scenes = (weights / language.NAME / language.VOCABULARY_NAME).read_text().split()
     return CardFacts(
-        fields, [stage.manifest for stage in stages], read_thresholds(weights, stages[:2], Thresholds),
-        consensus(data, weights, WORK / "cache"), change_vectors(data),
+        fields,
+        [stage.manifest for stage in stages.values()],
+        read_thresholds(weights, [stages[name] for name in CUT_STAGES]),
+        baselines(data, weights, WORK / "cache"),
         len(artifact.load(weights / backbone.NAME).metrics["ucm_left_out"]),
-    )  # fmt: skip
+        boxes_learnt(data),
+        {
+            "for objects": len(objects_vocabulary()),
+            "in phrases": len(phrases_vocabulary()),
+            "for scenes and in questions": len(scenes),
+        },
+    )
 
 
 def main() -> None:

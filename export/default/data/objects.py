@@ -6,6 +6,7 @@ a query says which kinds it means, and for which it cannot tell. Shapes: F kinds
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from edge_rsvlm.export.default.data.labels import (
 )
 from edge_rsvlm.export.default.data.views import RGB_BANDS, U8_RANGE, cut, dihedral, dihedral_boxes, jitter
 from edge_rsvlm.export.default.model.boxes import STRIDE
+from edge_rsvlm.export.default.splits import held_out
 
 F32 = npt.NDArray[np.float32]
 PLANES = ("airplane", "airliner", "propeller", "trainer", "chartered", "fighter")
@@ -217,6 +219,22 @@ def _draw(made: Targets, kind: int, box: npt.NDArray[np.float64]) -> tuple[int, 
     # Each object weighs the same, whatever its size.
     made.sides_weight[rows, cols][inside] = (g / g[inside].sum())[inside]
     return row, col
+
+
+def boxes_learnt(data_root: Path) -> dict[str, int]:
+    """Boxes of training by CLASSES, small ones with them, in images that are not held out."""
+    counts = dict.fromkeys(CLASSES, 0)
+    class_of = {kind: query.words[0] for query in QUERIES if query.words[0] in CLASSES for kind in query.kinds}
+    for spec in SETS:
+        coco = json.loads((data_root / spec.name / "train.json").read_text())
+        kinds = {c["id"]: spec.mapping[c["name"]] for c in coco["categories"]}
+        out = held_out(spec.name)
+        trained = {image["id"] for image in coco["images"] if image["file_name"] not in out}
+        for box in coco["annotations"]:
+            kind = kinds[box["category_id"]]
+            if kind is not None and box["image_id"] in trained:
+                counts[class_of[kind]] += 1
+    return counts
 
 
 def query_tables() -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
