@@ -71,7 +71,7 @@ def torch_logits(family: Family, model, ids: Sequence[int], features_TD: np.ndar
     words = torch.tensor([list(ids)])
     if not isinstance(family, Default):
         return model(words).logits[0].numpy()
-    decoder = model.captioner.decoder
+    decoder = model.language.decoder
     embeds = decoder.embed(words)
     if features_TD is not None:
         embeds = torch.cat([torch.from_numpy(features_TD)[None], embeds], dim=1)

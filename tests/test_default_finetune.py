@@ -1,4 +1,4 @@
-"""The default model as one family among others: its stages exported with an adapter, its captioner fine-tuned."""
+"""The default model's decoder, fine-tuned on other captions, and its export with the adapter."""
 
 from __future__ import annotations
 
@@ -26,40 +26,23 @@ from edge_rsvlm.export.checkpoint.reading import MemoryTensor  # noqa: E402
 from edge_rsvlm.export.default import finetune as captions  # noqa: E402
 from edge_rsvlm.export.default.checkpoint import DefaultModel  # noqa: E402
 from edge_rsvlm.export.default.data import contents  # noqa: E402
-from edge_rsvlm.export.default.data.captions import BOS_ID, train_tokenizer  # noqa: E402
-from edge_rsvlm.export.default.describe import Thresholds, write_thresholds  # noqa: E402
-from edge_rsvlm.export.default.model.decoder import Captioner, DecoderConfig  # noqa: E402
-from edge_rsvlm.export.default.stages.joint import Joint  # noqa: E402
+from edge_rsvlm.export.default.data.captions import BOS_ID  # noqa: E402
+from edge_rsvlm.export.default.model.language import TOKEN_CHANNELS  # noqa: E402
+from edge_rsvlm.export.default.stages.features import tokens_of  # noqa: E402
 from edge_rsvlm.export.finetuning.recipe import FinetuneRecipe, load_finetune_recipe  # noqa: E402
 from edge_rsvlm.export.finetuning.run import finetune  # noqa: E402
 from edge_rsvlm.export.finetuning.samples import read_samples  # noqa: E402
 from edge_rsvlm.export.recipe import AdapterChoice, Recipe  # noqa: E402
 from edge_rsvlm.export.steps import parity as parity_step  # noqa: E402
 from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine  # noqa: E402
+from tests.default_stages import CUTS, write_stages  # noqa: E402
 
 SAID = ("two ships in the left", "a harbour", "many airplanes, and a road", "no roofs")
-GRAPHS = {"encoder", "detect", "change", "caption_prefix", "caption_embed", "caption_decoder"}
 
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """An untrained model as ``train`` leaves it."""
-    folder = tmp_path_factory.mktemp("stages")
-    torch.manual_seed(0)
-    joint, tokenizer = Joint(), train_tokenizer([*SAID])
-    captioner = Captioner(DecoderConfig(tokenizer.get_vocab_size()))
-    for module in (joint, captioner):
-        for name, values in module.state_dict().items():
-            if name.endswith(("score.1.weight", "sides.1.weight", "out.weight", "proj.weight", "running_mean")):
-                values.normal_(0, 0.1)
-    written = {"joint": joint.state_dict(), "change": joint.change.state_dict(), "caption": captioner.state_dict()}
-    texts = {"caption": {"tokenizer.json": tokenizer.to_str()}}
-    made = [
-        artifact.write(folder / name, name, artifact.stage_hash(name, {}, []), {}, {}, state, texts.get(name))
-        for name, state in written.items()
-    ]
-    write_thresholds(folder, made[:2], Thresholds(detect=0.35, change=0.45))
-    return folder
+    return write_stages(tmp_path_factory.mktemp("stages"))
 
 
 @pytest.fixture
@@ -88,16 +71,16 @@ def greedy(model, tile, count):
     """Tokens of a caption, the whole sequence read anew for each."""
     tokens = []
     with torch.no_grad():
-        c5 = model.encoder(tile)["c5"]
+        seen = tokens_of(model.encoder(tile))
         for _ in range(count):
-            tokens.append(int(model(c5, torch.tensor([[BOS_ID, *tokens]])).logits[0, -1].argmax()))
+            tokens.append(int(model(seen, torch.tensor([[BOS_ID, *tokens]])).logits[0, -1].argmax()))
     return tokens
 
 
 def test_fine_tuned_exported_and_equal_to_the_adapter_not_merged(stages, data, tmp_path, monkeypatch):
     adapter = finetune(recipe_of(stages, data, tmp_path / "lora", steps=30, rate=1e-2))
     log = json.loads((adapter / "training.json").read_text())
-    assert log["samples"] == len(SAID) and log["losses"][-1] < 0.5 * log["losses"][0]
+    assert log["samples"] == len(SAID) and log["losses"][-1] < 0.75 * log["losses"][0]
     assert not list(tmp_path.glob(".lora*"))
     assert len(read_adapter(adapter).factors) == 4 * 7
 
@@ -109,8 +92,8 @@ def test_fine_tuned_exported_and_equal_to_the_adapter_not_merged(stages, data, t
     assert [step.step for step in manifest.steps] == ["checkpoint", "merge_lora", "compile_onnx", "parity"]
     assert manifest.name == "edge-rsvlm-default-lora" and not manifest.accuracy
     assert manifest.licence.startswith("research") and len(manifest.training_data) > 5
-    assert {case.graph for case in manifest.probe} == set(manifest.graphs) == GRAPHS
-    assert manifest.tasks.detect.score_threshold == 0.35 and manifest.tasks.change.threshold == 0.45
+    assert {case.graph for case in manifest.probe} == set(manifest.graphs)
+    assert manifest.tasks.detect.score_threshold == CUTS.detect and manifest.tasks.change.threshold == CUTS.change
     assert all(task.memory.measured for _, task in manifest.tasks if task is not None)
 
     torch.manual_seed(4)
@@ -142,10 +125,8 @@ def with_a_scaled_layer(streamed_model):
 
 def test_adapters_merge_into_what_peft_computes(stages, tmp_path):
     model = DefaultModel.from_pretrained(stages)
-    wrapped = peft.get_peft_model(
-        model,
-        peft.LoraConfig(r=4, lora_alpha=12, use_rslora=True, target_modules=["q_proj", "down_proj", "project"]),
-    )
+    modules = r"language\..*\.(q_proj|down_proj|project)"
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=12, use_rslora=True, target_modules=modules))
     for name, values in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(values, std=0.2)
@@ -154,9 +135,9 @@ def test_adapters_merge_into_what_peft_computes(stages, tmp_path):
     found = resolve([read_adapter(tmp_path / "lora")], merged)
     assert len(found.updates) == 9 and not found.untied and not found.notes
     merged.load_state_dict({k: merge(v, found.updates.get(k, ())) for k, v in merged.state_dict().items()})
-    c5, ids = torch.randn(2, 320, 3, 4), torch.randint(0, 200, (2, 6))
+    seen, ids = torch.randn(2, TOKEN_CHANNELS, 3, 4), torch.randint(0, 200, (2, 6))
     with torch.no_grad():
-        torch.testing.assert_close(merged(c5, ids).logits, wrapped(c5, ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(merged(seen, ids).logits, wrapped(seen, ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_features_are_computed_once(stages, data, tmp_path, monkeypatch):
@@ -184,7 +165,7 @@ def test_samples_that_the_device_would_see_otherwise_are_refused(stages, data, t
     Image.new("RGB", (513, 20)).save(tmp_path / "wide.png")
     data.write_text('{"image": "wide.png", "caption": "a road"}\n')
     samples = read_samples(data)
-    encoder = captions.CaptionEncoder(stages, model, samples, tmp_path / "c5.f16")
+    encoder = captions.CaptionEncoder(stages, model, samples, tmp_path / "tokens.f16")
     with pytest.raises(InputError, match=r"jsonl:1: .*wide\.png is 513 x 20.*at most 512"):
         encoder(captions.viewed(samples)[0])
     data.write_text('{"image": "wide.png", "question": "a road?", "answer": "yes"}\n')

@@ -25,6 +25,7 @@ from edge_rsvlm.export.default import baselines  # noqa: E402
 from edge_rsvlm.export.default.data.captions import BOS_ID  # noqa: E402
 from edge_rsvlm.export.default.data.scenes import TILE_PX  # noqa: E402
 from edge_rsvlm.export.default.data.views import RGB_BANDS, U8_RANGE, cut  # noqa: E402
+from edge_rsvlm.export.default.stages.features import tokens_of  # noqa: E402
 from edge_rsvlm.export.families.base import Source  # noqa: E402
 from edge_rsvlm.export.families.registry import family_of, open_source  # noqa: E402
 from edge_rsvlm.export.families.tokenizers import load_tokenizer, tokenizer_json  # noqa: E402
@@ -157,7 +158,7 @@ def caption(case: Made, seed: int = 0) -> tuple[list[int], np.ndarray]:
     image_HWC = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8).repeat(32, 0).repeat(32, 1)
     tile = cut(image_HWC, (0, 0, 256, 256), (TILE_PX, TILE_PX), RGB_BANDS, U8_RANGE)
     with torch.no_grad():
-        features_TD = case.model.captioner.prefix(case.model.encoder(torch.from_numpy(tile)[None])["c5"])[0].numpy()
+        features_TD = case.model.language.prefix(tokens_of(case.model.encoder(torch.from_numpy(tile)[None])))[0].numpy()
     ids = [BOS_ID]
     while len(ids) < 12:
         ids.append(int(torch_logits(case.family, case.model, ids, features_TD)[-1].argmax()))
@@ -185,7 +186,7 @@ def calls(case: Made, seeds: Sequence[int]) -> list[dict[str, np.ndarray]]:
     found = []
     for seed in seeds:
         ids, features_TD = caption(case, seed)
-        words_SD = case.model.captioner.decoder.embed_tokens.weight.detach().numpy()[ids]
+        words_SD = case.model.language.decoder.embed_tokens.weight.detach().numpy()[ids]
         past = {
             given.name: np.zeros((1, given.shape[1], 0, given.shape[3]), np.float32)
             for given in decoder_plan(case.family, case.source).inputs[1:]
@@ -196,7 +197,7 @@ def calls(case: Made, seeds: Sequence[int]) -> list[dict[str, np.ndarray]]:
 
 def test_importance_is_the_mean_square_of_inputs(default):
     found = measure_importance(default.family, default.source, default.weights, calls(default, (1, 2)))
-    decoder = default.model.captioner.decoder
+    decoder = default.model.language.decoder
     rows, last = [], []
     with torch.no_grad():
         for call in calls(default, (1, 2)):
