@@ -1,4 +1,4 @@
-"""4-bit weights of the trained caption decoder: how far next-token distributions move, and how long a token takes.
+"""4-bit weights of the trained decoder: how far next-token distributions move, and how long a token takes.
 
 Calibrated on images of UC Merced's training part, evaluated on its validation part, where the decoder follows captions
 that people wrote. What is compared with is onnxruntime's own quantizer (MatMulNBitsQuantizer: round to nearest, whole
@@ -54,10 +54,10 @@ class Captions:
 
     def __init__(self, bundle, folder: Path) -> None:
         self._task, self._engine = bundle.manifest.tasks.caption, OnnxRuntimeEngine(threads=1)
-        self._roles = frozenset(bundle.manifest.graphs["caption_decoder"].inputs)
-        self._embed, project = (self._engine.open(bundle.path(f"caption_{name}.onnx")) for name in ("embed", "prefix"))
+        self._roles = frozenset(bundle.manifest.graphs["language_decoder"].inputs)
+        self._embed, project = (self._engine.open(bundle.path(f"language_{name}.onnx")) for name in ("embed", "prefix"))
         images = CalibrationImages(images=CAPTIONS / "val.tar", count=10_000)
-        calls = record(bundle, images, folder, lambda *_: None)[0].of("caption_prefix")
+        calls = record(bundle, images, folder, lambda *_: None)[0].of("language_prefix")
         self._visual_NTD = np.concatenate([project.run(call, ["features"])[0] for call in calls])
         tokenizer = load_tokenizer(bundle.path("tokenizer.json"))
         rows = sorted(map(json.loads, (CAPTIONS / "val.jsonl").read_text().splitlines()), key=lambda row: row["image"])
@@ -96,9 +96,9 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("int4")
     wide, bundle = bundle_of(folder, "f32"), bundle_of(folder, "f16")
     images = CalibrationImages(images=CAPTIONS / "train.tar")
-    samples = record(bundle, images, folder / "calibration", lambda *_: None)[0].of("caption_decoder")
+    samples = record(bundle, images, folder / "calibration", lambda *_: None)[0].of("language_decoder")
     captions = Captions(bundle, folder / "validation")
-    return folder, wide.path("caption_decoder.onnx"), bundle.path("caption_decoder.onnx"), samples, captions
+    return folder, wide.path("language_decoder.onnx"), bundle.path("language_decoder.onnx"), samples, captions
 
 
 def by_onnxruntime(graph: Path, out: Path, block: int) -> None:

@@ -158,6 +158,7 @@ def test_words_are_followed_on_the_images_that_judge_them(monkeypatch):
     seen = []
     monkeypatch.setattr(accuracy, "_tokens", lambda verb, old, new, images, texts: seen.append(list(images)) or [])
     monkeypatch.setattr(accuracy, "_boxes", lambda old, new, images, texts: seen.append(list(images)) or [])
+    monkeypatch.setattr(accuracy, "_embeddings", lambda old, new, images, texts: [])
     others, judges = ([Source(name, name)] for name in ("other", "judge"))
     packaged = load_bundle()
     accuracy.compare_answers(packaged, packaged, others, (), {"caption": judges}, lambda *_: None)

@@ -30,8 +30,8 @@ def bundle(trained):
 @pytest.fixture
 def written(bundle, tmp_path):
     """A graph as a recipe leaves it, before it is checked."""
-    file = tmp_path / "caption_prefix.tensorrt.onnx"
-    half_precision(source_of(bundle, "caption_prefix"), file)
+    file = tmp_path / "language_prefix.tensorrt.onnx"
+    half_precision(source_of(bundle, "language_prefix"), file)
     return file
 
 
@@ -43,7 +43,7 @@ def golden_of(bundle, name):
     return bundle.path(next(case.file for case in bundle.manifest.probe if case.graph == name))
 
 
-def check(bundle, written, name="caption_prefix"):
+def check(bundle, written, name="language_prefix"):
     return checked(bundle.manifest, name, source_of(bundle, name), written, golden_of(bundle, name))
 
 
@@ -69,11 +69,11 @@ def test_a_family_is_exported_for_tensorrt(needs, tmp_path):
 
 def test_blocks_of_4_bits_compile(needs, bundle, tmp_path):
     needs("tensorrt_rtx")
-    source, out, file = source_of(bundle, "caption_decoder"), tmp_path / "d.onnx", tmp_path / "d.tensorrt.onnx"
+    source, out, file = source_of(bundle, "language_decoder"), tmp_path / "d.onnx", tmp_path / "d.tensorrt.onnx"
     quantize_int4(source, [], Int4(method="rtn"), out, file)
     kinds = [tensor.data_type for tensor in onnx.load(file, load_external_data=False).graph.initializer]
     assert kinds.count(onnx.TensorProto.INT4) > 20
-    assert check(bundle, file, "caption_decoder").said.startswith(TAKEN)
+    assert check(bundle, file, "language_decoder").said.startswith(TAKEN)
     assert {problem.operator for problem in unsupported(out)} >= {"MatMulNBits"}
 
 

@@ -129,7 +129,7 @@ def test_sizes_follow_the_tasks(bundle):
     }  # fmt: skip
     assert spans("change")["before_c1"].least == (1, 16, 32, 32)
     caption = bundle.manifest.tasks.caption
-    decoder = spans("caption_decoder")
+    decoder = spans(caption.decoder.graph)
     past = decoder["past_key_values.0.key"]
     prompt = decoder["inputs_embeds"].most[1]
     assert past.least == (1, 4, 0, 64) and past.most == (BATCH * caption.beams, 4, prompt + caption.max_tokens, 64)
@@ -169,7 +169,7 @@ def test_packaged_graphs_compile_in_half_precision(compiled, half, trained):
 
 def test_packaged_graphs_compile_in_8_bits(compiled, bundle):
     made = {name: graph.tensorrt for name, graph in bundle.manifest.graphs.items() if graph.tensorrt}
-    assert made.keys() == {"encoder", "detect", "change"}
+    assert made.keys() >= {"encoder", "detect", "change"}
     for graph in made.values():
         assert unsupported(bundle.path(graph.file)) == []
         assert compiled(bundle.path(graph.file), graph.shapes) > 100_000

@@ -19,11 +19,12 @@ from edge_rsvlm.export.bundle_writer import bundle_folder, write_manifest
 from edge_rsvlm.export.chain import run_export
 from edge_rsvlm.export.default.baselines import baselines
 from edge_rsvlm.export.default.checkpoint import STAGES
+from edge_rsvlm.export.default.data.eval_sets import write_label_files
 from edge_rsvlm.export.default.data.objects import boxes_learnt
 from edge_rsvlm.export.default.describe import objects_vocabulary, phrases_vocabulary, read_thresholds
 from edge_rsvlm.export.default.family import CUT_STAGES
 from edge_rsvlm.export.default.model_card import CARD_NAME, CardFacts, write_card
-from edge_rsvlm.export.default.score import BY_EXAMPLES, EVALUATIONS, evaluations
+from edge_rsvlm.export.default.score import BY_EXAMPLES, EVALUATIONS, LABELS, evaluations
 from edge_rsvlm.export.default.stages import backbone, language
 from edge_rsvlm.export.recipe import Recipe, load_recipe
 
@@ -32,8 +33,12 @@ MOST_BYTES = 12 << 20
 WORK = Path("build/default")
 
 
-def export(folder: Path, target: str | None, report: Callable[[str, int, int], None]) -> Path:
-    """The bundle as the recipe says, below ``folder``; or of another ``target``, whatever that costs."""
+def export(folder: Path, target: str | None, data: Path, report: Callable[[str, int, int], None]) -> Path:
+    """The bundle as the recipe says, below ``folder``; or of another ``target``, whatever that costs.
+
+    It is judged by label files that are made of ``data`` first.
+    """
+    write_label_files(data, Path(LABELS))
     recipe = load_recipe(RECIPE)
     changed: dict[str, Any] = {"out": folder / "bundle", "work": WORK / "steps"}
     if target is not None:
@@ -82,7 +87,7 @@ def main() -> None:
     parser.add_argument("--target", help="instead of that of RECIPE.toml, as `edge-rsvlm export run --target`")
     parser.add_argument("--out", type=Path, default=Path("edge_rsvlm/bundles/default"))
     options = parser.parse_args()
-    made = export(WORK, options.target, lambda *at: print(*at, flush=True))
+    made = export(WORK, options.target, options.data, lambda *at: print(*at, flush=True))
     size = publish(made, RECIPE.parent / "weights", options.data, options.out)
     print(f"{options.out}: {size / 2**20:.2f} MiB")
 

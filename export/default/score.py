@@ -10,11 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from edge_rsvlm.export.default.data.eval_sets import write_label_files
-
 DATA, LABELS = "../shared/data", "build/eval"
-"""Where the commands look for data, and for the label files that ``data.eval_sets`` makes of it, from the project's
-root."""
+"""Where the commands look for data, and for the label files that ``data.eval_sets`` wrote, from the project's root."""
 HELD_OUT = "export/default/held_out"
 VEHICLES = " ".join(f"--alias {name}=vehicle" for name in ("car", "truck", "minibus"))
 EVALUATIONS = (
@@ -73,7 +70,6 @@ def evaluations(
     data: Path, folder: Path, log: TextIO = sys.stdout, rows: Sequence[tuple[str, str]] = EVALUATIONS
 ) -> list[dict[str, Any]]:
     """``Accuracy`` entries of the manifest for the bundle in ``folder``; scores are told to ``log`` as they come."""
-    write_label_files(data, Path(LABELS))
     found = []
     for title, pattern in rows:
         command = pattern.format(data=DATA, labels=LABELS)

@@ -29,15 +29,20 @@ TARGETS = ("onnx:f32", "onnx:f16", "onnx:int8", "onnx:int4", "gguf:F16", "gguf:Q
 SCENES = Path(edge_rsvlm.__file__).parent / "scenes"
 RUNS = 11
 MEMORY_BYTES = 8 << 30
-HEADLINE = {"caption": "CIDEr", "detect": "AP50", "change": "F1"}
+QUESTION = "does this picture contain trees?"
+HEADLINE = {
+    "caption": "CIDEr", "ask": "accuracy", "classify": "accuracy", "search": "mean recall", "detect": "AP50",
+    "ground": "Pr@0.5", "segment": "balanced accuracy", "change": "F1",
+}  # fmt: skip
 
 INTRO = """# Variants of the packaged model
 
 Made and measured by `python -m edge_rsvlm.export.default.variants`, on {machine}, one thread. Memory is the growth of
 anonymous memory from importing the engine to the open sessions, and per tile of a batch; files that are mapped do not
 count. Times are medians of {runs} whole commands on packaged scenes, sessions open, variants taking turns: the caption
-of `marina.webp`, the boxes of `airport_apron.webp`, the change of the `hongkong` pair. Scores are those of the model
-card's data. Who is outside the gate lost more of a task than an export lets through, and is here to be compared.
+and an answer of `marina.webp`, the boxes and the trees of `airport_apron.webp`, the change of the `hongkong` pair.
+Scores are those of the model card's data. Who is outside the gate lost more of a task than an export lets through, and
+is here to be compared.
 """
 
 
@@ -49,7 +54,8 @@ class Variant:
 
 
 def make(target: str, data: Path) -> Variant:
-    made = export(WORK / target.replace(":", "-"), target, lambda *at: print(target, *at, file=sys.stderr, flush=True))
+    folder = WORK / target.replace(":", "-")
+    made = export(folder, target, data, lambda *at: print(target, *at, file=sys.stderr, flush=True))
     bundle = load_bundle(made, allow_unsigned=True, allow_older=True)
     return Variant(target, bundle, evaluations(data, made, sys.stderr))
 
@@ -73,7 +79,9 @@ def _commands(bundle: Bundle) -> dict[str, Callable[[], object]]:
     pair = [str(SCENES / f"hongkong_{year}.tif") for year in (2016, 2018)]
     return {
         "caption": lambda: session.caption(str(SCENES / "marina.webp"), _nowhere),
+        "ask": lambda: session.ask(str(SCENES / "marina.webp"), QUESTION, _nowhere),
         "detect": lambda: session.detect(str(SCENES / "airport_apron.webp"), DetectQuery(), _nowhere),
+        "segment": lambda: session.segment(str(SCENES / "airport_apron.webp"), ["trees"], _nowhere),
         "change": lambda: session.change(pair[0], pair[1], _nowhere),
     }
 
@@ -83,19 +91,22 @@ def _nowhere(record: dict[str, Any], geometry: dict[str, Any] | None) -> None:
 
 
 def table(variants: list[Variant], seconds: dict[tuple[str, str], float]) -> str:
-    verbs = list(HEADLINE)
+    """A column per variant."""
+    timed = list(dict.fromkeys(verb for _, verb in seconds))
     scored = [(row["task"], row["data"]) for row in variants[0].accuracy if row["metric"] == HEADLINE[row["task"]]]
-    head = [
-        "variant", "bytes", "gate", *(f"{verb}: memory" for verb in verbs), *(f"{verb}: ms" for verb in verbs),
-        *(f"{HEADLINE[task]}, {data.partition(',')[0]}" for task, data in scored),
-    ]  # fmt: skip
-    rows = [head, ["---"] * len(head), *(_row(variant, seconds, scored) for variant in variants)]
+    head = ["", "bytes", "gate", *(f"{verb}: memory" for verb in timed), *(f"{verb}: ms" for verb in timed),
+            *(f"{HEADLINE[task]}: {data}" for task, data in scored)]  # fmt: skip
+    columns = [head, *(_column(variant, seconds, timed, scored) for variant in variants)]
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    rows.insert(1, ["---"] * len(columns))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _row(variant: Variant, seconds: dict[tuple[str, str], float], scored: list[tuple[str, str]]) -> list[str]:
+def _column(
+    variant: Variant, seconds: dict[tuple[str, str], float], timed: list[str], scored: list[tuple[str, str]]
+) -> list[str]:
     manifest = variant.bundle.manifest
-    memory = {verb: getattr(manifest.tasks, verb).memory for verb in HEADLINE}
+    memory = [getattr(manifest.tasks, verb).memory for verb in timed]
     values = {
         (row["task"], row["data"]): row["value"] for row in variant.accuracy if row["metric"] == HEADLINE[row["task"]]
     }
@@ -103,8 +114,8 @@ def _row(variant: Variant, seconds: dict[tuple[str, str], float], scored: list[t
         f"`{variant.target}`",
         format_bytes(sum(entry.bytes for entry in manifest.files.values())),
         _gate(variant.bundle),
-        *(f"{format_bytes(m.session_bytes)} + {format_bytes(m.tile_bytes)}" for m in memory.values()),
-        *(f"{seconds[variant.target, verb] * 1e3:.0f}" for verb in HEADLINE),
+        *(f"{format_bytes(m.session_bytes)} + {format_bytes(m.tile_bytes)}" for m in memory),
+        *(f"{seconds[variant.target, verb] * 1e3:.0f}" for verb in timed),
         *(f"{values[key]:.3f}" for key in scored),
     ]
 
