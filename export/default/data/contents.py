@@ -1,4 +1,4 @@
-"""UCM's multi-labels as sentences: a data set whose language the default captioner does not speak, to fine-tune it on.
+"""UCM's multi-labels as sentences: a data set whose language the default model does not speak, to fine-tune it on.
 
 ``python -m edge_rsvlm.export.default.data.contents --data ../shared/data --out build/contents`` writes ``train.jsonl``,
 without the images that show the same place as one of validation, ``val.jsonl``, and the recipe ``FINETUNE.toml``.

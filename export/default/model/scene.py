@@ -1,4 +1,4 @@
-"""Scene heads of the joint stage: they keep the encoder's coarse map good for captions, and are not shipped."""
+"""Scene heads of the vision stage: they keep the encoder's coarse map good for captions, and are not shipped."""
 
 from __future__ import annotations
 
