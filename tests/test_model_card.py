@@ -1,0 +1,89 @@
+"""What is said of the default model: its scores by commands that exist, its baselines, its card."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="needs torch: not installed")
+pytest.importorskip("transformers", reason="needs transformers: not installed")
+
+from edge_rsvlm.cli import eval_verb
+from edge_rsvlm.export.default.baselines import Baselines, usual_answers
+from edge_rsvlm.export.default.data.scenes import Scene
+from edge_rsvlm.export.default.describe import Thresholds
+from edge_rsvlm.export.default.model_card import CardFacts, write_card
+from edge_rsvlm.export.default.score import BY_EXAMPLES, DATA, EVALUATIONS, LABELS, REPORTED, reported
+
+ROOT = Path(__file__).parents[1]
+ROW = {
+    "task": "detect", "metric": "AP50", "value": 0.5, "interval": (0.25, 0.75), "samples": 4, "data": "toy",
+    "command": "edge-rsvlm eval detect toy.json",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("title", "pattern"), [*EVALUATIONS, *BY_EXAMPLES])
+def test_commands_of_the_card_are_those_of_the_program(title, pattern):
+    program, group, verb, *arguments = shlex.split(pattern.format(data=DATA, labels=LABELS))
+    assert (program, group) == ("edge-rsvlm", "eval") and verb in REPORTED
+    given = eval_verb.command.commands[verb].make_context(verb, arguments).params
+    assert given["only"] is None or (ROOT / given["only"]).is_file(), title
+
+
+def score(metric, label=None):
+    return {"metric": metric, "label": label}
+
+
+def test_what_is_told_of_scores():
+    detect = [score("AP50", "car"), score("AP50"), score("precision")]
+    assert reported("detect", detect) == [score("AP50")]
+    assert reported("detect", [score("AP50 by 5 examples", "bus")]) == [score("AP50 by 5 examples", "bus")]
+    asked = [score("accuracy", "count"), score("accuracy")]
+    assert reported("ask", asked) == [score("accuracy"), score("accuracy, count", "count")]
+    assert reported("segment", [score("AP50", "trees")]) == []
+
+
+def scene(*asked):
+    return Scene("toy", "0.png", "airport", (), (), asked)
+
+
+def test_usual_answers_are_those_of_the_same_question_or_of_all():
+    known = [
+        scene(("Is it red?", "No"), ("Is it blue?", "yes"), ("Is it wide?", "no")),
+        scene(("is it red", "yes"), ("is it wide", "no")),
+        scene(("Is it red?", "yes")),
+    ]
+    assert usual_answers(known, [scene(("Is it red?", "Yes."), ("Is it wide?", "no"))]) == 1
+    assert usual_answers(known, [scene(("Is it old?", "yes"), ("Is it new?", "no"))]) == 0.5
+    assert usual_answers(known, [scene(("Is it  ?", "yes"), ("Is it red?", "yes"))]) == 1, "a word is missing"
+
+
+def test_the_card(tmp_path):
+    graphs = {
+        "encoder": {"precision": "int8", "tensorrt": {"file": "e"}},
+        "text": {"precision": "f16", "tensorrt": None},
+    }
+    cost = {"task": "detect", "data": "toy", "metric": "AP50", "before": 0.6, "after": 0.5, "loss": 0.1, "bound": 0.2}
+    fields = {
+        "name": "toy-model", "graphs": graphs, "licence": "research only", "training_data": ("toys (CC0)",),
+        "accuracy": [ROW, ROW | {"metric": "F1"}], "comparisons": [cost],
+    }  # fmt: skip
+    stage = {"stage": "vision", "config": {"minutes": 60.0}, "metrics": {"steps": 10}}
+    cuts = Thresholds(0.35, 0.4, 0.2, {"pisa": 0.3})
+    facts = CardFacts(fields, [stage], cuts, Baselines(1, 0.5, 0.25, 0.75, 0.1), 61, {"car": 1237}, {"for objects": 42})
+    write_card(tmp_path / "card.md", facts)
+    card = (tmp_path / "card.md").read_text()
+    for said in (
+        "# toy-model\n", "`encoder` int8, `text` f16", "TensorRT (encoder)",
+        "Research only. Trained on:\n\n- toys (CC0)\n",
+        "| toy | F1 | 0.500 | 0.250 - 0.750 | 4 |", "words (0.35) and examples", "0.30 for pisa",
+        "| accuracy | 0.750 |",
+        "## What fewer bits cost", "car 1,237", "42 words for objects", "- `vision`: 10 steps (minutes 60.0)",
+    ):  # fmt: skip
+        assert said in card, said
+    assert card.count(ROW["command"]) == 1 and "eval_sets" in card
+    write_card(tmp_path / "wide.md", dataclasses.replace(facts, fields={**fields, "comparisons": ()}))
+    assert "fewer bits" not in (tmp_path / "wide.md").read_text()
