@@ -29,10 +29,10 @@ from edge_rsvlm.export.default.stages.features import ANSWER, ASK
 
 NAME = "language"
 DEFAULTS: dict[str, Any] = {
-    "minutes": 40.0,
+    "minutes": 33.0,
     "images": 48,
-    "ucm_share": 0.45,
-    "question_share": 0.3,
+    "ucm_share": 0.5,
+    "question_share": 0.35,
     "rate": 1.5e-3,
     "dropout": 0.15,
     "label_smoothing": 0.1,
