@@ -18,7 +18,7 @@ from edge_rsvlm.export.default.data.scenes import Scene, SceneSet, ucm  # noqa: 
 from edge_rsvlm.export.default.encoders import compare, graphs, mobilenet_v1, mobilenet_v2, scores  # noqa: E402
 from edge_rsvlm.export.default.encoders import shufflenet_v2 as shuffle  # noqa: E402
 from edge_rsvlm.export.default.encoders.candidates import CANDIDATES, MAPS  # noqa: E402
-from edge_rsvlm.export.default.encoders.centres import CLASSES  # noqa: E402
+from edge_rsvlm.export.default.encoders.centres import CLASSES, SETS, STRIDE, targets  # noqa: E402
 from edge_rsvlm.export.default.encoders.norms import fold_norms, insert_norms  # noqa: E402
 from edge_rsvlm.export.default.encoders.proxy import DenseHead, Proxy, grouped, usable_ucm  # noqa: E402
 from edge_rsvlm.export.default.encoders.report import BEGIN, END, write_report  # noqa: E402
@@ -225,6 +225,17 @@ def test_dense_head_and_groups():
     planes = np.zeros((len(CLASSES), 1, 1), np.float32)
     planes[CLASSES.index("bus")], planes[CLASSES.index("boat")] = 0.7, 1.0
     assert grouped(planes).ravel().tolist() == pytest.approx([0.0, 0.7])
+
+
+def test_centres_are_told_where_a_set_labels_all():
+    boxes = np.array([[10.0, 20, 42, 60], [100, 90, 130, 110], [200, 200, 203, 203]])
+    airbus = next(spec for spec in SETS if spec.name == "airbus_aircraft")
+    heat, weight = targets(boxes, np.array([0, 3, 0]), 256, airbus)
+    for (x0, y0, x1, y1), label in zip(boxes[:2], (0, 3), strict=True):
+        row, col = int((y0 + y1) / 2 // STRIDE), int((x0 + x1) / 2 // STRIDE)
+        assert heat[label].max() == heat[label, row, col] == weight[label, row, col] == 1
+    assert weight[:, 50, 50].max() == 0, "an object too small to learn is ignored, not background"
+    assert weight[0, 5, 5] == 1 and weight[3, 60, 10] == 0, "airbus labels are complete for airplanes only"
 
 
 def test_average_precision_by_hand():
