@@ -1,8 +1,9 @@
 """A bundle that finds coloured things by words and by examples, without a trained model.
 
 Its head sees blobs of red, green or blue on gray ground: every cell of a blob has the vector of its colour, and the one
-at its centre is a peak. Words have the vectors of the colours they name. A phrase means things of the colours that it
-names, the larger the surer; only the first by size or from the left where it says so.
+at its centre is a peak. Things look alike that have one colour and brighten in one direction. Words have the vectors of
+the colours they name. A phrase means things of the colours that it names, the larger the surer; only the first by size
+or from the left where it says so.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ TEXT = {
 DETECT = {
     "kind": "text_heat_map", "input": INPUT, "encoder": "eye", "head": "cells", "encoder_outputs": ["c1"],
     "text": TEXT, "query_prompt": "a photo of {label}", "classes": ["red", "blue"], "stride": STRIDE,
-    "score_threshold": 0.5, "like_threshold": 0.8, "nms_iou": 0.5, "max_boxes_per_tile": 100, "memory": MEMORY,
+    "score_threshold": 0.5, "nms_iou": 0.5, "max_boxes_per_tile": 100, "memory": MEMORY,
+    "like": {"graph": "looks", "encoder_outputs": ["c1"], "threshold": 0.4},
 }  # fmt: skip
 CLASSIFY = {
     "input": INPUT, "encoder": "eye", "encoder_outputs": ["c1"], "head": "mean", "text": TEXT,
@@ -49,6 +51,7 @@ REFER = {
 GRAPHS = {
     "eye": ({"tiles": "pixels"}, {"c1": "first"}),
     "cells": ({"c1": "first"}, {"embeddings": "vectors", "shift": "moved", "scale": "scaled", "ltrb": "sides"}),
+    "looks": ({"c1": "first"}, {"features": "texture"}),
     "mean": ({"c1": "first"}, {"embedding": "vector"}),
     "names": ({"input_ids": "ids"}, {"thing_embedding": "meant", "embedding": "else"}),
     "choice": ({"input_ids": "ids", "objects": "things", "objects_mask": "real"}, {"logits": "chosen"}),
@@ -58,8 +61,8 @@ GRAPHS = {
 class Engine:
     def open(self, path):
         known = {
-            "eye": lambda inputs: {"first": inputs["pixels"]}, "cells": _cells, "mean": _mean, "names": _names,
-            "choice": _choice,
+            "eye": lambda inputs: {"first": inputs["pixels"]}, "cells": _cells, "looks": _looks, "mean": _mean,
+            "names": _names, "choice": _choice,
         }  # fmt: skip
         return FakeSession(known[path.stem])
 
@@ -99,7 +102,7 @@ def _choice(inputs):
 
 
 def _cells(inputs):
-    """cosine + shift is 0.5 for the word of a peak and far below 0 elsewhere, times 10."""
+    """cosine + shift is 0.55 for the word of a peak, -0.45 for other words and far below 0 elsewhere, times 10."""
     tiles = inputs["first"]
     n, _, height, width = tiles.shape
     h, w = height // STRIDE, width // STRIDE
@@ -114,9 +117,24 @@ def _cells(inputs):
                 vectors[k][(slice(None), *part)] = 5 * np.eye(4)[colour][:, None, None]
                 col, row = int((x0 + x1) / 2 // STRIDE), int((y0 + y1) / 2 // STRIDE)
                 cx, cy = (col + 0.5) * STRIDE, (row + 0.5) * STRIDE
-                shift[k, 0, row, col] = -0.5
+                shift[k, 0, row, col] = -0.45
                 ltrb[k, :, row, col] = cx - x0, cy - y0, x1 - cx, y1 - cy
     return {"vectors": vectors, "moved": shift, "scaled": np.full((n, 1, h, w), 10, np.float32), "sides": ltrb}
+
+
+def _looks(inputs):
+    """Colours of things, and in which direction they brighten, as means over cells; 0 where there is nothing."""
+    tiles = inputs["first"]
+    shown_N3HW = np.stack([tiles[:, k] - (tiles.sum(axis=1) - tiles[:, k]) / 2 > 0.5 for k in range(3)], axis=1)
+    light_NHW, thing_NHW = tiles.max(axis=1), shown_N3HW.any(axis=1)
+    slopes = [np.zeros_like(light_NHW) for _ in range(2)]
+    for axis, slope in zip((1, 2), slopes, strict=True):
+        inside = thing_NHW & np.roll(thing_NHW, 1, axis)
+        slope[inside] = 32 * (light_NHW - np.roll(light_NHW, 1, axis))[inside]
+    maps = np.concatenate([shown_N3HW, np.stack(slopes, axis=1)], axis=1).astype(np.float32)
+    n, dims, height, width = maps.shape
+    cells = maps.reshape(n, dims, height // STRIDE, STRIDE, width // STRIDE, STRIDE)
+    return {"texture": cells.mean(axis=(3, 5))}
 
 
 def things(squares, size=SIZE):

@@ -10,6 +10,7 @@ from edge_rsvlm.export import artifact
 from edge_rsvlm.export.default.data.objects import CLASSES
 from edge_rsvlm.export.default.describe import Thresholds, write_thresholds
 from edge_rsvlm.export.default.family import CUT_STAGES
+from edge_rsvlm.export.default.model.appearance import Appearance
 from edge_rsvlm.export.default.model.change import ChangeHead
 from edge_rsvlm.export.default.model.decoder import DecoderConfig
 from edge_rsvlm.export.default.model.language import Language
@@ -30,16 +31,16 @@ def write_stages(folder: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = tokenizer_of(SAID)
     size = tokenizer.get_vocab_size()
-    modules = {"vision": Vision(), "change": ChangeHead(), "match": Match(size, 0.1),
+    modules = {"vision": Vision(), "appearance": Appearance(), "change": ChangeHead(), "match": Match(size, 0.1),
                "language": Language(DecoderConfig(size)),
                "refer": Refer(size, feature_count(len(CLASSES)))}  # fmt: skip
     texts = {"tokenizer.json": tokenizer.to_str(), "vocabulary.txt": "".join(f"{word}\n" for word in WORDS)}
     made = {}
     for name, module in modules.items():
         for key, values in module.state_dict().items():
-            if key.endswith("running_mean"):
+            if key.endswith("mean"):
                 values.normal_(0, 0.1)
-            elif key.endswith("running_var"):
+            elif key.endswith(("running_var", "deviation")):
                 values.uniform_(0.5, 2)
             elif key.endswith(("contrast.weight", "sides.weight", "out.weight")):
                 values.normal_(0, 0.1)

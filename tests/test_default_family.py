@@ -41,8 +41,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 FACTS = BundleFacts(name="untrained")
 """By another name it is no older version of the packaged bundle."""
 GRAPHS = {
-    "encoder", "detect", "segment", "change", "match", "text", "language_prefix", "language_embed", "language_decoder",
-    "refer",
+    "encoder", "detect", "appearance", "segment", "change", "match", "text", "language_prefix", "language_embed",
+    "language_decoder", "refer",
 }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def other(size, name):
 def test_the_manifest_says_what_is_asked_and_how(exported):
     tasks = exported.manifest.tasks
     assert tasks.detect.classes == CLASSES and tasks.detect.text.output == "query"
-    assert (tasks.detect.score_threshold, tasks.detect.like_threshold, tasks.change.threshold) == (0.01, 0.5, 0.45)
+    assert (tasks.detect.score_threshold, tasks.detect.like.threshold, tasks.change.threshold) == (0.01, 0.5, 0.45)
     assert tasks.segment.text.output == "label" and tasks.segment.experimental
     assert tasks.segment.logit_scale == pytest.approx(10, rel=1e-3) and tasks.segment.logit_bias == -4
     assert tasks.classify == tasks.search and tasks.search.logit_scale == pytest.approx(14, rel=1e-3)
@@ -194,8 +194,8 @@ def test_fewer_bits_are_calibrated_and_judged_by_every_task(recipe, exported, tm
     kinds = {name: graph.precision for name, graph in after.manifest.graphs.items()}
     static = dict.fromkeys(("encoder", "segment", "change", "match"), "int8")
     assert kinds == static | {
-        "detect": "f16", "text": "int8-dynamic", "language_prefix": "int8-dynamic", "language_embed": "f16",
-        "language_decoder": "int8-dynamic", "refer": "int8-dynamic",
+        "detect": "f16", "appearance": "f16", "text": "int8-dynamic", "language_prefix": "int8-dynamic",
+        "language_embed": "f16", "language_decoder": "int8-dynamic", "refer": "int8-dynamic",
     }  # fmt: skip
     sources = list_inputs([str(tmp_path / "images")])
     checks = compare_answers(exported, after, sources[:1], (), {}, lambda *_: None)
@@ -259,5 +259,5 @@ def test_the_packaged_bundle_cuts_scores_where_the_weights_say():
         pytest.skip("needs weights: the stages are not installed")
     stored = [artifact.load(weights / name) for name in CUT_STAGES]
     chosen, tasks = read_thresholds(weights, stored), load_bundle().manifest.tasks
-    found = Thresholds(tasks.detect.score_threshold, tasks.detect.like_threshold, tasks.change.threshold)
+    found = Thresholds(tasks.detect.score_threshold, tasks.detect.like.threshold, tasks.change.threshold)
     assert found == dataclasses.replace(chosen, change_by_others={})

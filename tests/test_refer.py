@@ -126,9 +126,9 @@ def test_a_task_that_refers_needs_a_detect_task_by_words_that_sees_alike():
 
 def test_on_a_gpu_it_takes_the_engines_of_the_detect_task_too(tmp_path):
     folder = bundle(tmp_path / "b")
-    resident = dict.fromkeys(("eye", "cells", "names", "choice"), 1000)
+    resident = dict.fromkeys(("eye", "cells", "looks", "names", "choice"), 1000)
     tasks = with_gpu_memory(load_bundle(folder, allow_unsigned=True), resident).manifest.tasks
-    assert (tasks.detect.memory.session_bytes, tasks.ground.memory.session_bytes) == (3000, 4000)
+    assert (tasks.detect.memory.session_bytes, tasks.ground.memory.session_bytes) == (4000, 5000)
 
 
 def test_texts_that_a_task_understands_are_told_from_others(tmp_path):

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from edge_rsvlm.pipeline.detect import DetectQuery
     from edge_rsvlm.pipeline.examples import Example
     from edge_rsvlm.pipeline.outcome import Progress
     from edge_rsvlm.pipeline.session import Limits, Session
     from edge_rsvlm.tasks.generate import Sampling
+    from edge_rsvlm.tasks.like import Examples
 
 F = TypeVar("F", bound=Callable[..., Any])
 EXIT_ORDER = (5, 2, 4, 3, 6, 0)
@@ -141,9 +139,10 @@ def make_query(session: Session, labels: Sequence[str], score: float | None, lik
     """
     from edge_rsvlm.errors import UsageError
     from edge_rsvlm.pipeline.detect import DetectQuery, wanted_labels
-    from edge_rsvlm.pipeline.examples import example_task, mean_example, parse_example
+    from edge_rsvlm.pipeline.examples import example_task, parse_example
     from edge_rsvlm.pipeline.runtime import detect_task
     from edge_rsvlm.pipeline.vocabulary import check_texts
+    from edge_rsvlm.tasks.like import Examples
 
     manifest = session.bundle.manifest
     if not like:
@@ -155,23 +154,22 @@ def make_query(session: Session, labels: Sequence[str], score: float | None, lik
         raise UsageError("like and query exclude each other", fix="look for examples or for words")
     example_task(manifest)
     examples = {text: parse_example(text) for text in like}
-    vectors = [_embedded(session, text, example) for text, example in examples.items()]
-    return DetectQuery(score_threshold=score, example_D=mean_example(vectors))
+    parts = [_embedded(session, text, example) for text, example in examples.items()]
+    return DetectQuery(score_threshold=score, examples=Examples.joined(parts))
 
 
-def _embedded(session: Session, text: str, example: Example) -> NDArray[np.float32]:
-    """The unit vector [D] of one example."""
+def _embedded(session: Session, text: str, example: Example) -> Examples:
+    """What one example looks like."""
     from edge_rsvlm.errors import InputError
     from edge_rsvlm.pipeline.examples import HOW
 
     try:
-        vectors_1D, warnings = session.examples(example.image, [example.box])
+        (found,), warnings = session.examples(example.image, [example.box])
     except InputError as exc:
         raise InputError(f"example '{text}': {exc}", fix=HOW) from exc
     for warning in warnings:
         click.echo(f"{example.image}: {warning}", err=True)
-    vector_D: NDArray[np.float32] = vectors_1D[0]
-    return vector_D
+    return found
 
 
 def split_labels(text: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from edge_rsvlm.cli.common import ExitCode, Outputs, json_option, make_limits, m
     "--like",
     multiple=True,
     metavar="IMAGE#x,y,w,h",
-    help="Instead of --query: what looks like this box, in pixels of IMAGE. Repeated: like the mean of them.",
+    help="Instead of --query: what looks like this box, in pixels of IMAGE. Repeated: like any of them.",
 )
 @click.option("--score", type=click.FloatRange(0.01, 0.99), help="Least score.  [default: the bundle's threshold]")
 @click.option("--output", type=click.Path(path_type=Path), help="GeoJSON file, or a folder for many inputs.")

@@ -50,14 +50,31 @@ class OpenDetectTask(Model):
     memory: TaskMemory
 
 
+class Likeness(Model):
+    """Boxes for things that look like an example: those objects of any class of the task that resemble it most.
+
+    ``graph`` gives ``features`` [N, D, h, w] at the cells of the task's head, from some of the task's own
+    ``encoder_outputs``. The vector of a box is their mean over it, of unit length. An example has one in each of the
+    eight symmetries of the square, in which its tile is seen, and a side: the root of its area in tile pixels.
+
+    Objects are the peaks of the highest score that any of the task's ``classes`` gives a cell, from 0.01 on. The score
+    of one is the greatest, over examples and symmetries, of max(cosine, 0) * exp(-0.5 * |log(side / side of the
+    example)|), times its score as an object to the power of 0.1.
+    """
+
+    graph: str
+    encoder_outputs: tuple[str, ...] = Field(min_length=1)
+    threshold: float = Field(gt=0, lt=1)
+
+
 class TextDetectTask(Model):
     """Boxes for words, or for things that look like an example, from maps of the features of one encoder.
 
     ``head`` gives, per cell of ``stride`` tile pixels, ``embeddings`` [N, D, h, w], ``shift`` and ``scale``
     [N, 1, h, w], and ``ltrb`` [N, 4, h, w], the distances in tile pixels from the cell's centre to the sides of its
     box. The score of a query vector q is sigmoid((cosine(embedding, q) + shift) * scale) (Minderer et al. 2022, as
-    OpenDetectTask), and its peaks are objects (Zhou et al. 2019, "Objects as Points"). The vector of an example is the
-    embedding where the example's centre is.
+    OpenDetectTask), and its peaks are objects (Zhou et al. 2019, "Objects as Points"). ``like`` says what looks like an
+    example.
     """
 
     kind: Literal["text_heat_map"]
@@ -72,11 +89,16 @@ class TextDetectTask(Model):
     """What is looked for when nothing is named."""
     stride: int = Field(gt=0)
     score_threshold: float = Field(gt=0, lt=1)
-    like_threshold: float = Field(gt=0, lt=1)
-    """Of scores by examples."""
     nms_iou: float = Field(gt=0, lt=1)
     max_boxes_per_tile: int = Field(gt=0)
+    like: Likeness
     memory: TaskMemory
+
+    @model_validator(mode="after")
+    def _likeness_needs_no_more_of_the_encoder(self) -> TextDetectTask:
+        if not set(self.like.encoder_outputs) <= set(self.encoder_outputs):
+            raise ValueError("like.encoder_outputs are some of the task's encoder_outputs: name them there too")
+        return self
 
 
 class SegmentTask(Model):

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_rsvlm import scoring
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.evaluate import LEAST_SCORE, Evaluation, LabelRules, counted, detections, scored_truth
 from edge_rsvlm.evaluate.labels import chosen, locate, read_coco
 from edge_rsvlm.pipeline.detect import DetectQuery
-from edge_rsvlm.pipeline.examples import Box, example_task, mean_example
+from edge_rsvlm.pipeline.examples import Box, example_task
 from edge_rsvlm.pipeline.outcome import Progress
 from edge_rsvlm.pipeline.session import Session, georeference
 from edge_rsvlm.scoring import Truth
+from edge_rsvlm.tasks.like import Examples
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Example(NamedTuple):
     box: Box
 
 
-Vectors = Mapping[Example, NDArray[np.float32]]
+Looks = Mapping[Example, Examples]
 
 
 def evaluate_few_shot(
@@ -64,8 +64,8 @@ def evaluate_few_shot(
         for source in locate(images, names)
     ]
     draws = _draws(list(_candidates(labelled)), wanted)
-    vectors = _embedded(session, labelled, {example for draw in draws for example in draw})
-    values = [_ap50(session, labelled, draw, vectors, wanted.label) for draw in counted(draws, progress)]
+    looks = _embedded(session, labelled, {example for draw in draws for example in draw})
+    values = [_ap50(session, labelled, draw, looks, wanted.label) for draw in counted(draws, progress)]
     metric = f"AP50 by {wanted.examples} example{'' if wanted.examples == 1 else 's'}"
     score = scoring.score_of_draws(metric, np.array(values), wanted.label)
     return Evaluation("detect", len(names), (score,))
@@ -108,21 +108,19 @@ def _draws(candidates: Sequence[Example], wanted: FewShot) -> list[list[Example]
     return draws
 
 
-def _embedded(session: Session, labelled: Sequence[Labelled], examples: set[Example]) -> Vectors:
+def _embedded(session: Session, labelled: Sequence[Labelled], examples: set[Example]) -> Looks:
     """Every image is opened once."""
-    found: dict[Example, NDArray[np.float32]] = {}
+    found: dict[Example, Examples] = {}
     for n in sorted({example.image for example in examples}):
         here = sorted(example for example in examples if example.image == n)
-        vectors, _ = session.examples(labelled[n].path, [example.box for example in here])
-        found |= dict(zip(here, vectors, strict=True))
+        parts, _ = session.examples(labelled[n].path, [example.box for example in here])
+        found |= dict(zip(here, parts, strict=True))
     return found
 
 
-def _ap50(
-    session: Session, labelled: Sequence[Labelled], draw: Sequence[Example], vectors: Vectors, label: str
-) -> float:
+def _ap50(session: Session, labelled: Sequence[Labelled], draw: Sequence[Example], looks: Looks, label: str) -> float:
     """Of the images that gave no example of this draw."""
-    query = DetectQuery((), LEAST_SCORE, mean_example([vectors[example] for example in draw]))
+    query = DetectQuery((), LEAST_SCORE, Examples.joined([looks[example] for example in draw]))
     gave = {example.image for example in draw}
     others = [image for n, image in enumerate(labelled) if n not in gave]
     found = [detections(session, image.path, query, lambda _: label) for image in others]

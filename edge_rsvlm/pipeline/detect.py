@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_rsvlm.config.task_specs import (
     AnyDetectTask,
@@ -26,6 +25,7 @@ from edge_rsvlm.pipeline.per_tile import Kept
 from edge_rsvlm.pipeline.runtime import Runtime
 from edge_rsvlm.pipeline.stream import TileBatch, View
 from edge_rsvlm.tasks.encode import encode
+from edge_rsvlm.tasks.like import Examples
 from edge_rsvlm.types import Boxes
 
 BORDER_SHARE = 0.25
@@ -38,12 +38,12 @@ LIKE = "like"
 class DetectQuery:
     """Which objects are wanted. ``labels`` empty: all that the bundle knows.
 
-    ``example_D`` is the unit vector of what they look like, where that is said by examples instead of labels.
+    ``examples`` is what they look like, where that is said by examples instead of labels.
     """
 
     labels: tuple[str, ...] = ()
     score_threshold: float | None = None
-    example_D: NDArray[np.float32] | None = field(default=None, compare=False)
+    examples: Examples | None = field(default=None, compare=False)
 
 
 def wanted_labels(query: DetectQuery, task: AnyDetectTask) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def wanted_labels(query: DetectQuery, task: AnyDetectTask) -> tuple[str, ...]:
     if isinstance(task, TextDetectTask):
         if not all(labels):
             raise UsageError("an empty --query names nothing", fix='write it like --query "airplane"')
-        return (LIKE,) if query.example_D is not None else labels or task.classes
+        return (LIKE,) if query.examples is not None else labels or task.classes
     if isinstance(task, OpenDetectTask):
         if not labels or not all(labels):
             raise UsageError("this bundle finds what you name, and nothing was named", fix='add --query "airplane"')
@@ -78,7 +78,10 @@ def detect(runtime: Runtime, task: AnyDetectTask, view: View, query: DetectQuery
         find = _by_heat_map(runtime, task, query.score_threshold, [task.classes.index(label) for label in labels])
     elif isinstance(task, TextDetectTask):
         names, margin_px = labels, float(task.stride)
-        find = by_vectors(runtime, task, labels, query)
+        if query.examples is None:
+            find = by_vectors(runtime, task, labels, query.score_threshold)
+        else:
+            find = by_examples(runtime, task, query.examples, query.score_threshold)
     else:
         names, margin_px = labels, border_px(task)
         find = by_words(runtime, task, labels, query.score_threshold)
@@ -105,15 +108,24 @@ def _by_heat_map(runtime: Runtime, task: DetectTask, threshold: float | None, wa
     return find
 
 
-def by_vectors(runtime: Runtime, task: TextDetectTask, labels: Sequence[str], query: DetectQuery) -> Find:
-    """Boxes like the vectors of words, or like that of an example; their labels are places in ``labels``."""
-    usual = task.score_threshold if query.example_D is None else task.like_threshold
-    threshold = usual if query.score_threshold is None else query.score_threshold
+def by_vectors(runtime: Runtime, task: TextDetectTask, labels: Sequence[str], threshold: float | None) -> Find:
+    """Boxes like the vectors of words; their labels are places in ``labels``."""
+    least = task.score_threshold if threshold is None else threshold
 
     def find(tiles: TileBatch, kept: Kept) -> list[Boxes]:
-        queries_QD = runtime.text_queries(task, labels) if query.example_D is None else query.example_D[None]
         features = encode(runtime.open(task.encoder), tiles.dates[0].pixels_NCHW(kept), task.encoder_outputs)
-        return runtime.text_detector(task)(features, queries_QD, threshold)
+        return runtime.text_detector(task)(features, runtime.text_queries(task, labels), least)
+
+    return find
+
+
+def by_examples(runtime: Runtime, task: TextDetectTask, examples: Examples, threshold: float | None) -> Find:
+    """Boxes of what looks like one of the examples."""
+    least = task.like.threshold if threshold is None else threshold
+
+    def find(tiles: TileBatch, kept: Kept) -> list[Boxes]:
+        features = encode(runtime.open(task.encoder), tiles.dates[0].pixels_NCHW(kept), task.encoder_outputs)
+        return runtime.like_detector(task)(features, examples, least)
 
     return find
 

@@ -1,4 +1,4 @@
-"""Examples instead of words: the vector of what a box in an image shows.
+"""Examples instead of words: what a box in an image looks like.
 
 The example is seen as ``detect`` would see it: in a tile of the same input spec, at the same ground resolution.
 """
@@ -21,7 +21,7 @@ from edge_rsvlm.pipeline.runtime import Pace, Runtime, detect_task
 from edge_rsvlm.pipeline.scaling import Scaling, scalings
 from edge_rsvlm.pipeline.stream import View
 from edge_rsvlm.tasks.encode import encode
-from edge_rsvlm.tasks.match import unit
+from edge_rsvlm.tasks.like import Examples, sides, symmetries
 from edge_rsvlm.tiles.prepare import Prepared
 from edge_rsvlm.types import Pixels
 
@@ -65,28 +65,32 @@ def example_task(manifest: Manifest) -> TextDetectTask:
 
 def embed_examples(
     runtime: Runtime, task: TextDetectTask, view: View, boxes: Sequence[Box], pace: Pace
-) -> tuple[NDArray[np.float32], list[str]]:
-    """The unit vectors [N, D] at the centres of boxes of the view's raster, each in a tile around it, and warnings.
+) -> tuple[list[Examples], list[str]]:
+    """Of each box of the view's raster: what it looks like in every symmetry of a tile around it; and warnings.
 
     Raises InputError for a box that reaches beyond the image or has no valid pixel.
     """
     outcome = Outcome(warnings=list(view.warnings))
     (scaling,) = scalings(view.spec, view.rasters, outcome)
-    detector, encoder = runtime.text_detector(task), runtime.open(task.encoder)
-    vectors = []
-    for box in boxes:
-        image, centre_xy = _around(view, box, scaling, pace.threads)
-        vectors.append(detector.at(encode(encoder, image.pixels_KCHW, task.encoder_outputs), centre_xy))
-    return np.stack(vectors), outcome.warnings
+    around = (_around(view, box, scaling, pace.threads) for box in boxes)
+    return [embedded(runtime, task, image.pixels_KCHW, box_xyxy) for image, box_xyxy in around], outcome.warnings
 
 
-def mean_example(vectors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """The unit vector [D] between unit vectors [D]."""
-    return unit(np.mean(vectors, axis=0))
+def embedded(
+    runtime: Runtime, task: TextDetectTask, tile_1CHW: NDArray[np.float32], box_xyxy: NDArray[np.float64]
+) -> Examples:
+    """What a box [4] of a tile, in its pixels, looks like. The symmetries are seen one by one, within the memory of one
+    tile."""
+    detector, encoder = runtime.like_detector(task), runtime.open(task.encoder)
+    vectors = [
+        detector.vectors(encode(encoder, turned, task.encoder_outputs), box[None])
+        for turned, box in symmetries(tile_1CHW, box_xyxy)
+    ]
+    return Examples(np.concatenate(vectors), np.repeat(sides(box_xyxy[None]), len(vectors)))
 
 
 def _around(view: View, box: Box, scaling: Scaling, threads: int) -> tuple[Prepared, NDArray[np.float64]]:
-    """A tile around a box as the model sees it, and where in its pixels the centre of the box is."""
+    """A tile around a box as the model sees it, and the corners of the box in its pixels."""
     corners = _inside(view, box) / np.tile(view.to_raster_xy, 2)
     centre_xy, grid = (corners[:2] + corners[2:]) / 2, view.grid()
     tile = np.array(grid.centred(*map(float, centre_xy)))
@@ -95,10 +99,10 @@ def _around(view: View, box: Box, scaling: Scaling, threads: int) -> tuple[Prepa
     if not _part(pixels, corners).any():
         raise InputError(f"{view.rasters[0].name}: {_written(box)} has no valid pixel", fix="choose another example")
     made = cut(pixels, view.spec, view.cut_hw, view.read_size, tile[None], scaling, threads)
-    in_tile = (centre_xy - tile[:2]) / (tile[2:] - tile[:2]) * made.hw[::-1]
+    in_tile = (corners - np.tile(tile[:2], 2)) * np.tile(made.hw[::-1] / (tile[2:] - tile[:2]), 2)
     (image,) = made.images
     scale_offset = np.array(image.to_image)
-    return image, (in_tile - scale_offset[2:]) / scale_offset[:2]
+    return image, (in_tile - np.tile(scale_offset[2:], 2)) / np.tile(scale_offset[:2], 2)
 
 
 def _inside(view: View, box: Box) -> NDArray[np.float64]:

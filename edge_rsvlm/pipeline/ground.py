@@ -11,7 +11,7 @@ from edge_rsvlm.errors import BundleError
 from edge_rsvlm.merge.boxes import concatenate, empty_boxes, take
 from edge_rsvlm.pipeline.boxes import Describe, Find, SceneBoxes, emitting
 from edge_rsvlm.pipeline.cut import extent_xy
-from edge_rsvlm.pipeline.detect import DetectQuery, border_px, by_vectors, by_words
+from edge_rsvlm.pipeline.detect import border_px, by_vectors, by_words
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.per_tile import Kept
 from edge_rsvlm.pipeline.runtime import Runtime, object_task
@@ -60,7 +60,7 @@ def _referred(runtime: Runtime, task: ReferTask, view: View, phrase: str, emit: 
     Nothing is emitted before the end: which one is the largest, or the third from the left, is known only then.
     """
     spec, outcome = object_task(runtime.manifest), Outcome()
-    find = by_vectors(runtime, spec, spec.classes, DetectQuery())
+    find = by_vectors(runtime, spec, spec.classes, None)
     found, send = [empty_boxes()], emitting(view, _describing(phrase, True), emit, outcome)
 
     def choose() -> None:

@@ -41,6 +41,7 @@ from edge_rsvlm.tasks.decoder import OnnxLanguage, cache_names
 from edge_rsvlm.tasks.detect import Detector
 from edge_rsvlm.tasks.generate import Generator, Vision
 from edge_rsvlm.tasks.gguf import GgufGenerator, VisionLanguageModel
+from edge_rsvlm.tasks.like import LikeDetector
 from edge_rsvlm.tasks.match import Matcher, embed_texts, unit
 from edge_rsvlm.tasks.open_detect import OpenDetector
 from edge_rsvlm.tasks.refer import Referrer
@@ -175,6 +176,11 @@ class Runtime:
 
     def text_detector(self, task: TextDetectTask) -> TextDetector:
         return TextDetector(task, self.open(task.head))
+
+    def like_detector(self, task: TextDetectTask) -> LikeDetector:
+        """Opens what only examples need."""
+        classes_QD = self.text_queries(task, task.classes)
+        return LikeDetector(task, self.open(task.like.graph), self.text_detector(task), classes_QD)
 
     def text_queries(self, task: TextDetectTask, labels: Sequence[str]) -> NDArray[np.float32]:
         """Unit vectors [Q, D] of the words looked for, embedded once."""

@@ -52,6 +52,7 @@ from edge_rsvlm.pipeline.vocabulary import check_texts
 from edge_rsvlm.raster.align import open_aligned
 from edge_rsvlm.raster.reader import Raster, open_raster
 from edge_rsvlm.tasks.generate import Sampling
+from edge_rsvlm.tasks.like import Examples
 from edge_rsvlm.tiles.prepare import Prepared
 from edge_rsvlm.types import Georeference
 
@@ -167,8 +168,8 @@ class Session:
     def detect(self, path: str, query: DetectQuery, emit: Emit, progress: Progress | None = None) -> Outcome:
         return self._alone(path, detecting(self.bundle, query, emit), progress)
 
-    def examples(self, path: str, boxes: Sequence[Box]) -> tuple[NDArray[np.float32], list[str]]:
-        """Unit vectors [N, D] of what boxes of an image show, for a DetectQuery, and what the user should know.
+    def examples(self, path: str, boxes: Sequence[Box]) -> tuple[list[Examples], list[str]]:
+        """What each of some boxes of an image looks like, for a DetectQuery, and what the user should know.
 
         Their time is part of the next input's. InputError for a box that is not in the image.
         """

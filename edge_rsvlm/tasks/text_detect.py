@@ -1,4 +1,4 @@
-"""Detection by vectors, of words or of examples: peaks of the likeness between a map of embeddings and a query.
+"""Detection by words: peaks of the likeness between a map of embeddings and their vectors.
 
 Sources: Minderer et al. 2022, "Simple Open-Vocabulary Object Detection" (the score), and those of ``detect`` (the
 peaks). Letters: N tiles, Q queries, D dimensions, h, w cells of ``stride`` tile pixels.
@@ -6,15 +6,12 @@ peaks). Letters: N tiles, Q queries, D dimensions, h, w cells of ``stride`` tile
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm.config.task_specs import TextDetectTask
 from edge_rsvlm.tasks.detect import boxes_of
 from edge_rsvlm.tasks.encode import Features
-from edge_rsvlm.tasks.match import unit
 from edge_rsvlm.tasks.scores import sigmoid
 from edge_rsvlm.types import Boxes, InferenceSession
 
@@ -22,29 +19,33 @@ MAPS = ("embeddings", "shift", "scale", "ltrb")
 
 
 class TextDetector:
-    """Features of a batch and unit vectors of what is looked for -> boxes per tile, not yet suppressed across cells."""
+    """Features of a batch and unit vectors of words -> boxes per tile, not yet suppressed across cells."""
 
     def __init__(self, spec: TextDetectTask, head: InferenceSession) -> None:
         self._spec, self._head = spec, head
 
     def __call__(self, features: Features, queries_QD: NDArray[np.float32], threshold: float) -> list[Boxes]:
         """In tile pixels, best first; labels are rows of ``queries_QD``."""
-        embeddings_NDhw, shift_N1hw, scale_N1hw, ltrb_N4hw = self._run(features, MAPS)
-        scores_NQhw = sigmoid((cosines(queries_QD, embeddings_NDhw) + shift_N1hw) * scale_N1hw)
+        scores_NQhw, ltrb_N4hw = self._maps(features, queries_QD)
+        return self._boxes(scores_NQhw, ltrb_N4hw, threshold)
+
+    def objects(self, features: Features, queries_QD: NDArray[np.float32], threshold: float) -> list[Boxes]:
+        """Whatever any of the queries finds, once; all have label 0."""
+        scores_NQhw, ltrb_N4hw = self._maps(features, queries_QD)
+        return self._boxes(scores_NQhw.max(axis=1, keepdims=True), ltrb_N4hw, threshold)
+
+    def _maps(
+        self, features: Features, queries_QD: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Scores [N, Q, h, w] and distances to the sides."""
+        inputs = {name: features[name] for name in self._spec.encoder_outputs}
+        embeddings_NDhw, shift_N1hw, scale_N1hw, ltrb_N4hw = self._head.run(inputs, MAPS)
+        return sigmoid((cosines(queries_QD, embeddings_NDhw) + shift_N1hw) * scale_N1hw), ltrb_N4hw
+
+    def _boxes(self, scores_NQhw: NDArray[np.float32], ltrb_N4hw: NDArray[np.float32], threshold: float) -> list[Boxes]:
         return [
             boxes_of(scores, ltrb, self._spec, threshold) for scores, ltrb in zip(scores_NQhw, ltrb_N4hw, strict=True)
         ]
-
-    def at(self, features: Features, centre_xy: NDArray[np.float64]) -> NDArray[np.float32]:
-        """The unit vector [D] of what is at a point of the only tile, in its pixels."""
-        (embeddings_1Dhw,) = self._run(features, MAPS[:1])
-        height, width = embeddings_1Dhw.shape[2:]
-        col, row = (int(v // self._spec.stride) for v in centre_xy)
-        # A point on the tile's last edge is of the last cell.
-        return unit(embeddings_1Dhw[0, :, min(row, height - 1), min(col, width - 1)])
-
-    def _run(self, features: Features, outputs: Sequence[str]) -> list[NDArray[np.float32]]:
-        return self._head.run({name: features[name] for name in self._spec.encoder_outputs}, outputs)
 
 
 def cosines(queries_QD: NDArray[np.float32], embeddings_NDhw: NDArray[np.float32]) -> NDArray[np.float32]:

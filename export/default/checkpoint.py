@@ -18,6 +18,7 @@ from edge_rsvlm.export import artifact
 from edge_rsvlm.export.checkpoint.reading import Checkpoint, LazyTensor, list_safetensors
 from edge_rsvlm.export.default.data.objects import CLASSES
 from edge_rsvlm.export.default.describe import THRESHOLDS_NAME
+from edge_rsvlm.export.default.model.appearance import Appearance
 from edge_rsvlm.export.default.model.boxes import BoxHead
 from edge_rsvlm.export.default.model.change import ChangeHead
 from edge_rsvlm.export.default.model.decoder import DecoderConfig
@@ -26,11 +27,11 @@ from edge_rsvlm.export.default.model.encoder import Encoder
 from edge_rsvlm.export.default.model.language import Language
 from edge_rsvlm.export.default.model.pyramid import Pyramid
 from edge_rsvlm.export.default.model.refer import Refer
-from edge_rsvlm.export.default.stages import change, language, match, refer, vision
+from edge_rsvlm.export.default.stages import appearance, change, language, match, refer, vision
 from edge_rsvlm.export.default.stages.match import Match
 from edge_rsvlm.tasks.refer import feature_count
 
-STAGES = (vision.NAME, change.NAME, match.NAME, language.NAME, refer.NAME)
+STAGES = (vision.NAME, appearance.NAME, change.NAME, match.NAME, language.NAME, refer.NAME)
 TEXTS = (language.TOKENIZER_NAME, language.VOCABULARY_NAME)
 """Files of the language stage that go into the bundle."""
 OF_VISION = ("encoder.", "pyramid.", "boxes.", "dense.")
@@ -57,7 +58,7 @@ class DefaultModel(PreTrainedModel):
     def __init__(self, config: DefaultConfig) -> None:
         super().__init__(config)
         self.encoder, self.pyramid, self.change = Encoder(), Pyramid(), ChangeHead()
-        self.boxes, self.dense = BoxHead(), DenseHead()
+        self.boxes, self.dense, self.appearance = BoxHead(), DenseHead(), Appearance()
         self.match = Match(config.vocabulary, dropout=0.0)
         self.language = Language(DecoderConfig(config.vocabulary, dropout=0.0))
         self.refer = Refer(config.vocabulary, feature_count(len(CLASSES)))

@@ -17,7 +17,7 @@ from edge_rsvlm.export.default.data.phrases import every_phrase
 from edge_rsvlm.export.default.data.views import MEAN, S2_RANGE, STD, U8_RANGE
 from edge_rsvlm.export.default.data.words import vocabulary
 from edge_rsvlm.export.default.graphs import DETECT_MAPS, SEGMENT_MAPS, TOKEN_MAPS
-from edge_rsvlm.export.default.model import boxes, change, dense
+from edge_rsvlm.export.default.model import appearance, boxes, change, dense
 from edge_rsvlm.export.default.model.decoder import DecoderConfig
 from edge_rsvlm.export.default.model.encoder import STEM_BANDS, STRIDES
 from edge_rsvlm.export.default.stages import language, refer
@@ -157,8 +157,8 @@ def _map_tasks(cuts: Thresholds, scales: Scales) -> dict[str, Any]:
         "detect": {
             "kind": "text_heat_map", "input": spec, **_head("detect", DETECT_MAPS),
             "text": _text("query", OBJECTS_NAME), "query_prompt": "{label}", "classes": CLASSES,
-            "stride": boxes.STRIDE, "score_threshold": cuts.detect, "like_threshold": cuts.like, "nms_iou": 0.5,
-            "max_boxes_per_tile": 1000,
+            "stride": boxes.STRIDE, "score_threshold": cuts.detect, "nms_iou": 0.5, "max_boxes_per_tile": 1000,
+            "like": {"graph": "appearance", "encoder_outputs": appearance.MAPS, "threshold": cuts.like},
         },
         "ground": {
             "kind": "refer", "input": spec, "graph": "refer", "tokenizer": _tokenizer(), "vocabulary": PHRASES_NAME,

@@ -47,9 +47,10 @@ from edge_rsvlm.export.default.graphs import (
     SegmentGraph,
     TextGraph,
 )
+from edge_rsvlm.export.default.model.appearance import MAPS as APPEARANCE_MAPS
 from edge_rsvlm.export.default.model.decoder import DecoderConfig
 from edge_rsvlm.export.default.model.encoder import CHANNELS, STEM_BANDS, STRIDES
-from edge_rsvlm.export.default.stages import change, language, match, vision
+from edge_rsvlm.export.default.stages import appearance, change, language, match, vision
 from edge_rsvlm.export.default.stages.features import ANSWER, ASK, tokens_of
 from edge_rsvlm.export.default.stages.match import MOST_SCALE
 from edge_rsvlm.export.families.base import Arrays, Description, Family, GraphInput, GraphPlan, Source
@@ -60,7 +61,7 @@ EXAMPLE_HW = (96, 160)
 PARITY_TOKENS = 16
 TEXT_EMBEDDING = "text_embedding"
 """In the graph: the exporter itself calls looked-up tokens "embedding"."""
-CUT_STAGES = (vision.NAME, change.NAME, match.NAME)
+CUT_STAGES = (vision.NAME, appearance.NAME, change.NAME, match.NAME)
 """Stages whose scores are cut."""
 
 
@@ -78,6 +79,7 @@ class Default(Family):
         return (
             _encoder_plan(),
             _maps_plan("detect", lambda m: DetectGraph(m.pyramid, m.boxes), DETECT_MAPS, found),
+            _maps_plan("appearance", lambda m: m.appearance, APPEARANCE_MAPS, ("features",)),
             _maps_plan("segment", lambda m: SegmentGraph(m.pyramid, m.dense), SEGMENT_MAPS, ("embeddings",)),
             _maps_plan("change", lambda m: ChangeGraph(m.change), CHANGE_INPUTS, ("change",)),
             _maps_plan("match", lambda m: MatchGraph(m.match.pooled), ("c5",), ("embedding",)),

@@ -3,6 +3,7 @@
 encoder          tiles [N, 5, H, W]                    -> c1 .. c5
 detect           c2 .. c5                              -> embeddings [N, 64, H/4, W/4], shift, scale [N, 1, H/4, W/4],
                                                           ltrb [N, 4, H/4, W/4] in tile px
+appearance       c2 .. c4                              -> features [N, 152, H/4, W/4]
 segment          c3 .. c5                              -> embeddings [N, 64, H/8, W/8]
 change           before_c1 .. c4, after_c1 .. c4       -> change [N, 1, H/2, W/2], a probability
 match            c5                                    -> embedding [N, 128]

@@ -32,11 +32,12 @@ from edge_rsvlm.export.default.splits import FOLDER, held_out
 from edge_rsvlm.export.recipe import Recipe
 from edge_rsvlm.merge.boxes import BoxMerger
 from edge_rsvlm.pipeline.detect import LIKE
-from edge_rsvlm.pipeline.examples import mean_example
+from edge_rsvlm.pipeline.examples import embedded
 from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, detect_task
 from edge_rsvlm.pipeline.session import Limits, Session
 from edge_rsvlm.scoring import Found, Truth
 from edge_rsvlm.tasks.encode import Features, encode
+from edge_rsvlm.tasks.like import Examples
 from edge_rsvlm.types import Boxes
 
 UNCHOSEN = Thresholds(detect=0.5, like=0.5, change=0.5)
@@ -65,10 +66,14 @@ class Detection:
         (boxes,) = self.runtime.text_detector(self.task)(self.features(tile_CHW), queries_QD, LEAST_SCORE)
         return merged(boxes, self.task.nms_iou, names)
 
-    def example(self, tile_CHW: F32, boxes_N4: NDArray[np.float64]) -> F32:
-        """The unit vector [D] of what boxes of a tile show."""
-        features, finder = self.features(tile_CHW), self.runtime.text_detector(self.task)
-        return mean_example([finder.at(features, (box[:2] + box[2:]) / 2) for box in boxes_N4])
+    def alike(self, tile_CHW: F32, examples: Examples) -> list[Found]:
+        """Boxes of what looks like one of the examples, from LEAST_SCORE on."""
+        (boxes,) = self.runtime.like_detector(self.task)(self.features(tile_CHW), examples, LEAST_SCORE)
+        return merged(boxes, self.task.nms_iou, (LIKE,))
+
+    def examples(self, tile_CHW: F32, boxes_N4: NDArray[np.float64]) -> Examples:
+        """What boxes of a tile look like."""
+        return Examples.joined([embedded(self.runtime, self.task, tile_CHW[None], box) for box in boxes_N4])
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,8 @@ def like_threshold(detection: Detection, sets: list[ObjectData]) -> float:
     rng, truth, found = np.random.default_rng(0), [], []
     for number in range(EPISODES):
         episode = draw(sets[number % len(sets)], rng)
-        vector_D = detection.example(episode.shown, episode.boxes)
         truth.append(episode.truth)
-        found.append(detection.found(episode.sought, vector_D[None], (LIKE,)))
+        found.append(detection.alike(episode.sought, detection.examples(episode.shown, episode.boxes)))
     return best(counted(truth, found, [LIKE]))
 
 

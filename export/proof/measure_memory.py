@@ -63,7 +63,8 @@ def runner(runtime: Runtime, verb: str) -> Run:
         segmenter, encoder = runtime.segmenter(task, ["trees"]), runtime.open(task.encoder)
         return lambda n: segmenter.embeddings(encode(encoder, pixels(task.input, n), task.encoder_outputs))
     if isinstance(task, TextDetectTask):
-        return finder(runtime, task)
+        find, compare = finder(runtime, task), comparer(runtime, task)
+        return lambda n: (find(n), compare())
     if isinstance(task, ReferTask):
         find, choose = finder(runtime, object_task(runtime.manifest)), chooser(runtime, task)
         return lambda n: (find(n), choose())
@@ -78,6 +79,13 @@ def finder(runtime: Runtime, task: TextDetectTask) -> Run:
     return lambda n: detector(encode(encoder, pixels(task.input, n), task.encoder_outputs), queries_QD, least)
 
 
+def comparer(runtime: Runtime, task: TextDetectTask) -> Callable[[], object]:
+    """What as many boxes look like as a tile can have; tiles take turns."""
+    detector, encoder = runtime.like_detector(task), runtime.open(task.encoder)
+    boxes = random_boxes(task.max_boxes_per_tile, task.input.tile_px)
+    return lambda: detector.vectors(encode(encoder, pixels(task.input, 1), task.encoder_outputs), boxes)
+
+
 def writer(runtime: Runtime, verb: str, task: GenerateTask | GgufTask) -> Run:
     """A short answer."""
     generator = runtime.generator(verb, task)
@@ -88,9 +96,13 @@ def writer(runtime: Runtime, verb: str, task: GenerateTask | GgufTask) -> Run:
 def chooser(runtime: Runtime, task: ReferTask) -> Callable[[], object]:
     """A phrase read beside as many objects as it can be."""
     count, side, referrer = task.most_objects, task.input.tile_px, runtime.referrer(task)
-    corners = np.sort(np.random.default_rng(0).uniform(0, side, (2, count, 2)), axis=0)
-    objects = Boxes(np.hstack([*corners]), np.ones(count, np.float32), np.zeros(count, np.int64))
+    objects = Boxes(random_boxes(count, side), np.ones(count, np.float32), np.zeros(count, np.int64))
     return lambda: referrer(TEXT, objects, (side, side))
+
+
+def random_boxes(count: int, side: int) -> np.ndarray:
+    """Corners [count, 4] in a square of this side."""
+    return np.hstack([*np.sort(np.random.default_rng(0).uniform(0, side, (2, count, 2)), axis=0)])
 
 
 def prepared(spec: InputSpec, seed: int) -> Prepared:

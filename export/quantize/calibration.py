@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edge_rsvlm.budget import Demand, MemoryPlan
 from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.manifest import Calibration, Manifest
-from edge_rsvlm.config.task_specs import GenerateTask, GgufDecoder, GgufTask, OpenDetectTask
+from edge_rsvlm.config.task_specs import GenerateTask, GgufDecoder, GgufTask, OpenDetectTask, TextDetectTask
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.evaluate.labels import read_names, read_pairs
 from edge_rsvlm.export.graphs.sliced import WHOLE_BYTES, weight_bytes
@@ -28,7 +28,7 @@ from edge_rsvlm.export.quantize.settings import CalibrationImages
 from edge_rsvlm.pipeline.detect import DetectQuery
 from edge_rsvlm.pipeline.engines import CpuEngine
 from edge_rsvlm.pipeline.runtime import Engine
-from edge_rsvlm.pipeline.session import Limits, Session
+from edge_rsvlm.pipeline.session import Limits, Session, georeference
 from edge_rsvlm.pipeline.vocabulary import understood
 from edge_rsvlm.raster.inputs import Source, list_inputs
 from edge_rsvlm.tasks.search import Sampling
@@ -210,6 +210,9 @@ class _Run:
             self.session.caption(path, _nowhere, sampling=self._sampling(tasks.caption))
         if tasks.detect is not None and not isinstance(tasks.detect, OpenDetectTask):
             self.session.detect(path, DetectQuery(), _nowhere)
+        if isinstance(tasks.detect, TextDetectTask):
+            where = georeference(path)
+            self.session.examples(path, [(0, 0, where.width, where.height)])
         if tasks.change is not None and not self.apart:
             self._change(before, path)
         if tasks.search is not None:

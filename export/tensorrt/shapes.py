@@ -15,7 +15,7 @@ import onnx
 from edge_rsvlm.budget import BATCHES
 from edge_rsvlm.config.inputs import InputSpec, TextEncoder
 from edge_rsvlm.config.manifest import Manifest, ShapeRange
-from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, OnnxDecoder, ReferTask
+from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, OnnxDecoder, ReferTask, TextDetectTask
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.export.tensorrt.dims import Dims, dims_of, inputs, size_of
 from edge_rsvlm.pipeline.runtime import AnyTask
@@ -166,6 +166,8 @@ class _Sizes:
         """Features that a head or a projection reads, as large as its encoder's output is."""
         for task in self._tasks():
             encoder, *heads = (getattr(task, role_of, None) for role_of in ("encoder", "head", "project"))
+            if isinstance(task, TextDetectTask):
+                heads.append(task.like.graph)
             output = role.removeprefix("before_").removeprefix("after_")
             if encoder is not None and self.name in heads:
                 shapes = _output_shapes(self.manifest, encoder, self.graph.parent, output)
