@@ -80,6 +80,30 @@ def test_a_query_cannot_tell_for_a_general_kind_only_where_it_means_a_finer_one(
     assert not unsure[kind["fighter"], kind["airliner"]] and not unsure[kind["airplane"], kind["airplane"]]
 
 
+def test_channels_are_measured_over_all_cells_and_then_count_alike():
+    import torch
+
+    from edge_rsvlm.export.default.model.appearance import FEATURES, MAPS, Appearance
+    from edge_rsvlm.export.default.model.encoder import Encoder
+    from edge_rsvlm.export.default.stages.appearance import spread
+
+    torch.manual_seed(0)
+    encoder, batches = Encoder().eval(), [torch.randn(count, 5, 64, 96) for count in (3, 2)]
+    mean, deviation = spread(encoder, batches)
+    with torch.inference_mode():
+        maps = encoder(torch.cat(batches))
+        looks = Appearance()
+        looks.load_state_dict({"mean": mean, "deviation": deviation})
+        features = looks(*(maps[name] for name in MAPS))
+    assert features.shape == (5, FEATURES, 16, 24)
+    torch.testing.assert_close(features.mean(dim=(0, 2, 3)), torch.zeros(FEATURES), atol=1e-3, rtol=0)
+    torch.testing.assert_close(features.std(dim=(0, 2, 3)), torch.ones(FEATURES), atol=1e-2, rtol=0)
+    coarse = features[:, FEATURES - 96 :]
+    assert (coarse[:, :, 4:8, 8:12] == coarse[:, :, 4:5, 8:9]).all(), "a cell of c4 is four by four here"
+    flat = spread(encoder, [torch.zeros(1, 5, 32, 32)])[1]
+    assert flat.min() > 0
+
+
 def test_an_example_is_no_evidence_for_itself():
     import torch
 

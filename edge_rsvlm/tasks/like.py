@@ -86,8 +86,9 @@ def likeness(vectors_ND: NDArray[np.float32], sides_N: NDArray[np.float64], exam
 
 def sides(boxes_N4: NDArray[np.float64]) -> NDArray[np.float64]:
     """The sides [N] of squares of the same area."""
-    found: NDArray[np.float64] = np.sqrt(np.prod(boxes_N4[:, 2:] - boxes_N4[:, :2], axis=1))
-    return np.maximum(found, LEAST_SIDE_PX)
+    areas_N = np.prod(boxes_N4[:, 2:] - boxes_N4[:, :2], axis=1)
+    found: NDArray[np.float64] = np.maximum(np.sqrt(areas_N), LEAST_SIDE_PX)
+    return found
 
 
 def box_means(maps_Dhw: NDArray[np.float32], boxes_N4: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -19,7 +19,9 @@ One visual encoder (MobileNetV2 1.0, ImageNet-initialised, five-channel stem: re
 computes features once; everything else is a small head that reads them:
 
 - boxes (`detect`): each cell of a map at stride 4 has a vector, which is compared with the
-  vector of a word or of examples. Without words it looks for {classes}.
+  vector of a word. Without words it looks for {classes}.
+- boxes by examples (`detect --like`): whatever looks a little like one of these classes is compared with the examples,
+  each turned in eight ways, by the encoder's features in its box and by its size.
 - masks (`segment`): a map at stride 8, compared with words in the same way. Experimental.
 - scenes (`classify`, `index`, `search`): one vector per image, compared with those of texts.
 - change between two dates (`change`).
