@@ -11,7 +11,6 @@ from edge_rsvlm.export.default.data.objects import CLASSES
 from edge_rsvlm.export.default.describe import Thresholds, write_thresholds
 from edge_rsvlm.export.default.family import CUT_STAGES
 from edge_rsvlm.export.default.model.appearance import Appearance
-from edge_rsvlm.export.default.model.change import ChangeHead
 from edge_rsvlm.export.default.model.decoder import DecoderConfig
 from edge_rsvlm.export.default.model.language import Language
 from edge_rsvlm.export.default.model.refer import Refer
@@ -31,7 +30,7 @@ def write_stages(folder: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = tokenizer_of(SAID)
     size = tokenizer.get_vocab_size()
-    modules = {"vision": Vision(), "appearance": Appearance(), "change": ChangeHead(), "match": Match(size, 0.1),
+    modules = {"vision": Vision(), "appearance": Appearance(), "match": Match(size, 0.1),
                "language": Language(DecoderConfig(size)),
                "refer": Refer(size, feature_count(len(CLASSES)))}  # fmt: skip
     texts = {"tokenizer.json": tokenizer.to_str(), "vocabulary.txt": "".join(f"{word}\n" for word in WORDS)}

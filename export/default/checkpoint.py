@@ -27,16 +27,16 @@ from edge_rsvlm.export.default.model.encoder import Encoder
 from edge_rsvlm.export.default.model.language import Language
 from edge_rsvlm.export.default.model.pyramid import Pyramid
 from edge_rsvlm.export.default.model.refer import Refer
-from edge_rsvlm.export.default.stages import appearance, change, language, match, refer, vision
+from edge_rsvlm.export.default.stages import appearance, language, match, refer, vision
 from edge_rsvlm.export.default.stages.match import Match
 from edge_rsvlm.tasks.refer import feature_count
 
-STAGES = (vision.NAME, appearance.NAME, change.NAME, match.NAME, language.NAME, refer.NAME)
+STAGES = (vision.NAME, appearance.NAME, match.NAME, language.NAME, refer.NAME)
 TEXTS = (language.TOKENIZER_NAME, language.VOCABULARY_NAME)
 """Files of the language stage that go into the bundle."""
-OF_VISION = ("encoder.", "pyramid.", "boxes.", "dense.")
-"""What the vision stage trains for the bundle: its change head is replaced, the text encoder gives the vectors of its
-queries and labels, and its scene labels only help the encoder."""
+OF_VISION = ("encoder.", "pyramid.", "boxes.", "dense.", "change.")
+"""What the vision stage trains for the bundle: the text encoder gives the vectors of its queries and labels, and its
+scene labels only help the encoder."""
 WORDS = "language.decoder.embed_tokens.weight"
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -50,7 +50,7 @@ from edge_rsvlm.export.default.graphs import (
 from edge_rsvlm.export.default.model.appearance import MAPS as APPEARANCE_MAPS
 from edge_rsvlm.export.default.model.decoder import DecoderConfig
 from edge_rsvlm.export.default.model.encoder import CHANNELS, STEM_BANDS, STRIDES
-from edge_rsvlm.export.default.stages import appearance, change, language, match, vision
+from edge_rsvlm.export.default.stages import appearance, language, match, vision
 from edge_rsvlm.export.default.stages.features import ANSWER, ASK, tokens_of
 from edge_rsvlm.export.default.stages.match import MOST_SCALE
 from edge_rsvlm.export.families.base import Arrays, Description, Family, GraphInput, GraphPlan, Source
@@ -61,7 +61,7 @@ EXAMPLE_HW = (96, 160)
 PARITY_TOKENS = 16
 TEXT_EMBEDDING = "text_embedding"
 """In the graph: the exporter itself calls looked-up tokens "embedding"."""
-CUT_STAGES = (vision.NAME, appearance.NAME, change.NAME, match.NAME)
+CUT_STAGES = (vision.NAME, appearance.NAME, match.NAME)
 """Stages whose scores are cut."""
 
 

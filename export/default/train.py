@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_rsvlm.export import artifact
-from edge_rsvlm.export.default.stages import appearance, backbone, change, language, match, refer, vision
+from edge_rsvlm.export.default.stages import appearance, backbone, language, match, refer, vision
 
-STAGES = (backbone.NAME, vision.NAME, appearance.NAME, change.NAME, match.NAME, language.NAME, refer.NAME)
+STAGES = (backbone.NAME, vision.NAME, appearance.NAME, match.NAME, language.NAME, refer.NAME)
 
 
 def main() -> None:
@@ -43,9 +43,6 @@ def train(data: Path, work: Path, until: str, scale: float) -> None:
         return
     report(appearance.run(data, work, {}, seen))
     if until == appearance.NAME:
-        return
-    report(change.run(data, work, scaled(change.DEFAULTS), seen))
-    if until == change.NAME:
         return
     report(match.run(data, work, scaled(match.DEFAULTS), imported, seen))
     if until == match.NAME:

@@ -1,4 +1,4 @@
-"""What the encoder's channels are like on training images: nothing is trained, and ``model.appearance`` needs it.
+"""Stage 3: what the encoder's channels are like on training images: nothing is trained, and ``model.appearance`` needs it.
 
 Shapes: N tiles, C channels of a map, D of all, h, w cells, M of all tiles.
 """
