@@ -73,7 +73,10 @@ def test_the_card(tmp_path):
     }  # fmt: skip
     stage = {"stage": "vision", "config": {"minutes": 60.0}, "metrics": {"steps": 10}}
     cuts = Thresholds(0.35, 0.4, 0.2, {"pisa": 0.3})
-    facts = CardFacts(fields, [stage], cuts, Baselines(1, 0.5, 0.25, 0.75, 0.1), 61, {"car": 1237}, {"for objects": 42})
+    counted = {"stage": "appearance", "config": {"crops": 3}, "metrics": {}}
+    facts = CardFacts(
+        fields, [stage, counted], cuts, Baselines(1, 0.5, 0.25, 0.75, 0.1), 61, {"car": 1237}, {"for objects": 42}
+    )
     write_card(tmp_path / "card.md", facts)
     card = (tmp_path / "card.md").read_text()
     for said in (
@@ -82,6 +85,7 @@ def test_the_card(tmp_path):
         "| toy | F1 | 0.500 | 0.250 - 0.750 | 4 |", "words (0.35) and examples", "0.30 for pisa",
         "| accuracy | 0.750 |",
         "## What fewer bits cost", "car 1,237", "42 words for objects", "- `vision`: 10 steps (minutes 60.0)",
+        "- `appearance`: nothing is trained (crops 3)",
     ):  # fmt: skip
         assert said in card, said
     assert card.count(ROW["command"]) == 1 and "eval_sets" in card

@@ -18,8 +18,8 @@ TEXT = """# {name}
 One visual encoder (MobileNetV2 1.0, ImageNet-initialised, five-channel stem: red, green, blue, near infrared, validity)
 computes features once; everything else is a small head that reads them:
 
-- boxes (`detect`): each cell of a map at stride 4 has a vector, which is compared with the
-  vector of a word. Without words it looks for {classes}.
+- boxes (`detect`): each cell of a map at stride 4 has a vector, which is compared with that of a word. Without words it
+  looks for {classes}.
 - boxes by examples (`detect --like`): whatever looks a little like one of these classes is compared with the examples,
   each turned in eight ways, by the encoder's features in its box and by its size.
 - masks (`segment`): a map at stride 8, compared with words in the same way. Experimental.
@@ -170,4 +170,5 @@ def _costs(comparisons: Sequence[Mapping[str, Any]]) -> str:
 
 def _stage(manifest: dict[str, Any]) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in manifest["config"].items())
-    return f"- `{manifest['stage']}`: {manifest['metrics']['steps']:.0f} steps ({settings})"
+    steps = manifest["metrics"].get("steps")
+    return f"- `{manifest['stage']}`: {'nothing is trained' if steps is None else f'{steps:.0f} steps'} ({settings})"
