@@ -98,9 +98,11 @@ def box_means(maps_Dhw: NDArray[np.float32], boxes_N4: NDArray[np.float64]) -> N
     clipped_N4 = np.clip(boxes_N4, 0, (width, height) * 2)
     areas_N = np.prod(clipped_N4[:, 2:] - clipped_N4[:, :2], axis=1)
     parts = [maps_Dhw[first : first + CHANNELS_AT_ONCE] for first in range(0, len(maps_Dhw), CHANNELS_AT_ONCE)]
-    sums_DN = np.concatenate([_sums(part, clipped_N4) for part in parts])
-    found: NDArray[np.float64] = np.divide(sums_DN, areas_N, out=np.zeros_like(sums_DN), where=areas_N > 0)
-    return found.T
+    sums_ND = np.concatenate([_sums(part, clipped_N4) for part in parts]).T
+    found: NDArray[np.float64] = np.divide(
+        sums_ND, areas_N[:, None], out=np.zeros_like(sums_ND), where=areas_N[:, None] > 0
+    )
+    return found
 
 
 def _sums(maps_Dhw: NDArray[np.float32], boxes_N4: NDArray[np.float64]) -> NDArray[np.float64]:
