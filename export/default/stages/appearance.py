@@ -1,4 +1,4 @@
-"""Stage 3: what the encoder's channels are like on training images: nothing is trained, and ``model.appearance`` needs it.
+"""Stage 3: how the encoder's channels vary on training images, which ``model.appearance`` needs. Nothing is trained.
 
 Shapes: N tiles, C channels of a map, D of all, h, w cells, M of all tiles.
 """
