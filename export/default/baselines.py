@@ -29,6 +29,7 @@ from edge_rsvlm.export.default.model.encoder import Encoder, Head1280, load_rgb_
 from edge_rsvlm.export.default.splits import held_out
 from edge_rsvlm.export.default.stages import backbone
 from edge_rsvlm.export.default.stages.tflite_weights import convolutions
+from edge_rsvlm.export.default.truth import Truth, truth
 
 NEIGHBOURS = 5
 SMOOTH_PX = 5
@@ -43,6 +44,8 @@ class Baselines:
     classes: float
     answers: float
     change: float
+    told: Truth
+    """What those captions name."""
 
 
 def baselines(data: Path, work: Path, cache: Path) -> Baselines:
@@ -52,9 +55,11 @@ def baselines(data: Path, work: Path, cache: Path) -> Baselines:
     others = np.array([i for i, s in enumerate(scenes.scenes) if s.source == "ucm_val"])
     nearest = _nearest(scenes, known, others, data)
     right = [scenes.scenes[i].scene == scenes.scenes[row[0]].scene for i, row in zip(others, nearest, strict=True)]
-    cider, bleu4 = consensus(scenes, others, nearest)
+    said = consensus(scenes, nearest)
+    cider, bleu4 = caption_scores(scenes, others, said)
+    told = truth(said, [scenes.scenes[i].labels for i in others])
     learnt, unseen = ([scenes.scenes[i] for i in part] for part in (known, others))
-    return Baselines(cider, bleu4, float(np.mean(right)), usual_answers(learnt, unseen), change_vectors(data))
+    return Baselines(cider, bleu4, float(np.mean(right)), usual_answers(learnt, unseen), change_vectors(data), told)
 
 
 def _nearest(scenes: SceneSet, known: NDArray[np.int64], others: NDArray[np.int64], data: Path) -> NDArray[np.int64]:
@@ -68,11 +73,16 @@ def _nearest(scenes: SceneSet, known: NDArray[np.int64], others: NDArray[np.int6
     return chosen
 
 
-def consensus(scenes: SceneSet, others: NDArray[np.int64], nearest: NDArray[np.int64]) -> tuple[float, float]:
-    """CIDEr and BLEU-4."""
+def consensus(scenes: SceneSet, nearest: NDArray[np.int64]) -> list[str]:
+    """A caption for each row of images."""
     captions = [[tidy(c) for c in s.captions] for s in scenes.scenes]
-    said = [_most_agreed([c for k in row for c in captions[k]]) for row in nearest]
-    scores = {s.metric: s.value for s in scoring.caption_scores(said, [captions[i] for i in others])}
+    return [_most_agreed([c for k in row for c in captions[k]]) for row in nearest]
+
+
+def caption_scores(scenes: SceneSet, others: NDArray[np.int64], said: list[str]) -> tuple[float, float]:
+    """CIDEr and BLEU-4."""
+    captions = [[tidy(c) for c in scenes.scenes[i].captions] for i in others]
+    scores = {s.metric: s.value for s in scoring.caption_scores(said, captions)}
     return scores["CIDEr"], scores["BLEU-4"]
 
 

@@ -24,8 +24,10 @@ from edge_rsvlm.export.default.data.objects import boxes_learnt
 from edge_rsvlm.export.default.describe import objects_vocabulary, phrases_vocabulary, read_thresholds
 from edge_rsvlm.export.default.family import CUT_STAGES
 from edge_rsvlm.export.default.model_card import CARD_NAME, CardFacts, write_card
+from edge_rsvlm.export.default.robustness import losses
 from edge_rsvlm.export.default.score import BY_EXAMPLES, EVALUATIONS, LABELS, evaluations
 from edge_rsvlm.export.default.stages import backbone, language
+from edge_rsvlm.export.default.truth import truth_of_bundle, truth_of_people
 from edge_rsvlm.export.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).parent / "RECIPE.toml"
@@ -53,7 +55,7 @@ def publish(made: Path, weights: Path, data: Path, out: Path) -> int:
     fields["accuracy"] = evaluations(data, made, rows=(*EVALUATIONS, *BY_EXAMPLES))
     with bundle_folder(out) as folder:
         shutil.copytree(made, folder, dirs_exist_ok=True)
-        write_card(folder / CARD_NAME, _facts(fields, weights, data))
+        write_card(folder / CARD_NAME, _facts(fields, weights, data, made))
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         if size > MOST_BYTES:
             raise ValueError(f"the bundle holds {size} bytes; it may hold {MOST_BYTES}")
@@ -63,14 +65,21 @@ def publish(made: Path, weights: Path, data: Path, out: Path) -> int:
     return size
 
 
-def _facts(fields: dict[str, Any], weights: Path, data: Path) -> CardFacts:
+def _facts(fields: dict[str, Any], weights: Path, data: Path, made: Path) -> CardFacts:
     stages = {name: artifact.load(weights / name) for name in STAGES}
+    beaten = baselines(data, weights, WORK / "cache")
     scenes = (weights / language.NAME / language.VOCABULARY_NAME).read_text().split()
     return CardFacts(
         fields,
         [stage.manifest for stage in stages.values()],
         read_thresholds(weights, [stages[name] for name in CUT_STAGES]),
-        baselines(data, weights, WORK / "cache"),
+        beaten,
+        {
+            "this model": truth_of_bundle(data, made),
+            "the consensus of the nearest images": beaten.told,
+            "a person, the first of five": truth_of_people(data),
+        },
+        list(losses(data, made, WORK / "worse")),
         len(artifact.load(weights / backbone.NAME).metrics["ucm_left_out"]),
         boxes_learnt(data),
         {

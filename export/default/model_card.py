@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 from edge_rsvlm.export.default.baselines import NEIGHBOURS, Baselines
 from edge_rsvlm.export.default.data.objects import CLASSES, QUERIES
 from edge_rsvlm.export.default.describe import Thresholds
+from edge_rsvlm.export.default.robustness import Loss
+from edge_rsvlm.export.default.truth import Truth
 
 CARD_NAME = "MODEL_CARD.md"
 
@@ -77,6 +79,19 @@ Simple baselines on the same images (`python -m edge_rsvlm.export.default.baseli
 
 Nearness is that of ImageNet MobileNetV2 features.
 
+What captions name, against UC Merced's 17 multi-labels (`python -m edge_rsvlm.export.default.truth`):
+
+| captions of the validation part | precision | recall |
+|---|---|---|
+{told}
+
+What worse images cost, as a share of the score on the same images as they are (UCM-Captions' validation part, CIDEr;
+held-out HRPlanes, AP50; `python -m edge_rsvlm.export.default.robustness`):
+
+| images | captions | airplanes |
+|---|---|---|
+{losses}
+
 {costs}## Commands
 
 They reproduce the rows, from the project's root:
@@ -114,14 +129,17 @@ python -m edge_rsvlm.export.default.data.eval_sets
 class CardFacts:
     """What the card tells. ``fields`` are those of the manifest, ``stages`` the manifests of the artifacts.
 
-    ``left_out`` counts UCM images too much like a validation image, ``boxes`` those of training by what they show,
-    ``words`` those of each list that texts are held against.
+    ``told`` is what captions name, by who wrote them; ``losses`` are those of worse images. ``left_out`` counts UCM
+    images too much like a validation image, ``boxes`` those of training by what they show, ``words`` those of each list
+    that texts are held against.
     """
 
     fields: Mapping[str, Any]
     stages: Sequence[dict[str, Any]]
     thresholds: Thresholds
     baselines: Baselines
+    told: Mapping[str, Truth]
+    losses: Sequence[Loss]
     left_out: int
     boxes: Mapping[str, int]
     words: Mapping[str, int]
@@ -141,6 +159,8 @@ def write_card(path: Path, facts: CardFacts) -> None:
         queries="; ".join(", ".join(query.words) for query in QUERIES),
         boxes=", ".join(f"{name} {count:,}" for name, count in facts.boxes.items()),
         neighbours=NEIGHBOURS,
+        told="\n".join(f"| {who} | {t.precision:.3f} | {t.recall:.3f} |" for who, t in facts.told.items()),
+        losses="\n".join(_losses(facts.losses)),
         data="\n".join(f"- {item}" for item in fields["training_data"]),
         scores="\n".join(map(_row, fields["accuracy"])),
         others=", ".join(f"{cut:.2f} for {city}" for city, cut in facts.thresholds.change_by_others.items()),
@@ -153,6 +173,13 @@ def write_card(path: Path, facts: CardFacts) -> None:
 def _row(row: dict[str, Any]) -> str:
     low, high = row["interval"]
     return f"| {row['data']} | {row['metric']} | {row['value']:.3f} | {low:.3f} - {high:.3f} | {row['samples']} |"
+
+
+def _losses(losses: Sequence[Loss]) -> Iterator[str]:
+    """A line for each way to degrade, with what it costs each task."""
+    relative = {(loss.degradation, loss.task): loss.relative for loss in losses}
+    for how in dict.fromkeys(loss.degradation for loss in losses):
+        yield f"| {how} | {relative[how, 'caption']:.1%} | {relative[how, 'detect']:.1%} |"
 
 
 def _costs(comparisons: Sequence[Mapping[str, Any]]) -> str:

@@ -1,10 +1,12 @@
 """What worse images cost: held-out images degraded in five ways, and the same ``edge-rsvlm eval`` on each.
 
 The degradations are not those of training (``data.augment``), whose strengths are drawn at random.
+``python -m edge_rsvlm.export.default.robustness BUNDLE`` prints each loss.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -124,3 +126,17 @@ def _write_images(source: Path, folder: Path, how: Degradation, only: frozenset[
     for name, encoded in encoded_images(source):
         if only is None or name in only:
             how.apply(Image.open(io.BytesIO(encoded)).convert("RGB")).save(folder / name, lossless=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, default=Path("build/default/worse"), help="the degraded images")
+    options = parser.parse_args()
+    for loss in losses(options.data, options.bundle, options.work):
+        print(f"{loss.task}, {loss.degradation}: {loss.metric} {loss.before:.3f} -> {loss.after:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
