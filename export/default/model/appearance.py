@@ -29,5 +29,10 @@ class Appearance(nn.Module):
         self.register_buffer("deviation", torch.ones(FEATURES))
 
     def forward(self, c2: Tensor, c3: Tensor, c4: Tensor) -> Tensor:
-        features = torch.cat([c2, upsample2(torch.cat([c3, upsample2(c4)], dim=1))], dim=1)
-        return (features - self.mean[:, None, None]) / self.deviation[:, None, None]
+        """Coarse maps are changed before they are large."""
+        channels = [CHANNELS[name] for name in MAPS]
+        means, deviations = (of[:, None, None].split(channels) for of in (self.mean, self.deviation))
+        fine, middle, coarse = (
+            (of - mean) / deviation for of, mean, deviation in zip((c2, c3, c4), means, deviations, strict=True)
+        )
+        return torch.cat([fine, upsample2(torch.cat([middle, upsample2(coarse)], dim=1))], dim=1)
