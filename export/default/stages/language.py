@@ -29,7 +29,7 @@ from edge_rsvlm.export.default.stages.features import ANSWER, ASK
 
 NAME = "language"
 DEFAULTS: dict[str, Any] = {
-    "minutes": 33.0,
+    "minutes": 30.0,
     "images": 48,
     "ucm_share": 0.5,
     "question_share": 0.35,
