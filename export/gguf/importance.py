@@ -30,7 +30,7 @@ HEADS = ("output.weight", "token_embd.weight")
 
 def decoder_plan(family: Family, source: Source) -> GraphPlan:
     """The graph that a runtime feeds with embeddings: calibration recorded its inputs."""
-    return next(plan for plan in family.graphs(source) if plan.outputs[0] == "logits")
+    return next(plan for plan in family.graphs(source) if plan.inputs[0].name == "inputs_embeds")
 
 
 def measure_importance(
