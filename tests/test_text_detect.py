@@ -192,16 +192,19 @@ def test_scores_are_of_appearance_size_and_objectness():
     find = like_detector([(1, 0), (3, 4), (2, 0), (-1, 0)])
     one = {"c1": np.zeros((1, 3, 96, 96), np.float32)}
     examples = Examples(np.array([[1, 0]], np.float32), np.array([8.0]))
-    (boxes,) = find(one, examples, 0.05)
+    (boxes,) = find(one, [examples], 0.05)
     objectness = 0.5**0.1
     np.testing.assert_allclose(boxes.scores_N, objectness * np.array([1, 0.5**0.5, 0.6]), rtol=1e-5)
     np.testing.assert_allclose(boxes.xyxy_N4[:, 2] - boxes.xyxy_N4[:, 0], [8, 16, 8])
     larger = Examples(np.array([[1, 0]], np.float32), np.array([16.0]))
     both = Examples.joined([examples, larger])
-    np.testing.assert_allclose(find(one, both, 0.05)[0].scores_N, objectness * np.array([1, 1, 0.6]), rtol=1e-5)
+    np.testing.assert_allclose(find(one, [both], 0.05)[0].scores_N, objectness * np.array([1, 1, 0.6]), rtol=1e-5)
     unlike = Examples(np.array([[0, -1]], np.float32), np.array([8.0]))
-    assert not len(find(one, unlike, 0.05)[0].scores_N)
-    assert find(one, examples, 0.9)[0].scores_N.shape == (1,)
+    assert not len(find(one, [unlike], 0.05)[0].scores_N)
+    assert find(one, [examples], 0.9)[0].scores_N.shape == (1,)
+    (several,) = find(one, [unlike, larger, examples], 0.05)
+    assert several.labels_N.tolist() == [1, 1, 1, 2, 2, 2], "each thing on its own"
+    np.testing.assert_array_equal(several.scores_N[3:], boxes.scores_N)
 
 
 def test_joined_examples_have_no_order():

@@ -138,7 +138,7 @@ def make_query(session: Session, labels: Sequence[str], score: float | None, lik
     UsageError for what this bundle cannot look for, InputError for an example that cannot be used.
     """
     from edge_rsvlm.errors import UsageError
-    from edge_rsvlm.pipeline.detect import DetectQuery, wanted_labels
+    from edge_rsvlm.pipeline.detect import LIKE, DetectQuery, wanted_labels
     from edge_rsvlm.pipeline.examples import example_task, parse_example
     from edge_rsvlm.pipeline.runtime import detect_task
     from edge_rsvlm.pipeline.vocabulary import check_texts
@@ -155,7 +155,7 @@ def make_query(session: Session, labels: Sequence[str], score: float | None, lik
     example_task(manifest)
     examples = {text: parse_example(text) for text in like}
     parts = [_embedded(session, text, example) for text, example in examples.items()]
-    return DetectQuery(score_threshold=score, examples=Examples.joined(parts))
+    return DetectQuery(score_threshold=score, examples={LIKE: Examples.joined(parts)})
 
 
 def _embedded(session: Session, text: str, example: Example) -> Examples:

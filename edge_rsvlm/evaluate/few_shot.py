@@ -18,7 +18,7 @@ from edge_rsvlm.pipeline.detect import DetectQuery
 from edge_rsvlm.pipeline.examples import Box, example_task
 from edge_rsvlm.pipeline.outcome import Progress
 from edge_rsvlm.pipeline.session import Session, georeference
-from edge_rsvlm.scoring import Truth
+from edge_rsvlm.scoring import Found, Truth
 from edge_rsvlm.tasks.like import Examples
 
 
@@ -65,7 +65,7 @@ def evaluate_few_shot(
     ]
     draws = _draws(list(_candidates(labelled)), wanted)
     looks = _embedded(session, labelled, {example for draw in draws for example in draw})
-    values = [_ap50(session, labelled, draw, looks, wanted.label) for draw in counted(draws, progress)]
+    values = _ap50(session, labelled, draws, looks, wanted.label, progress)
     metric = f"AP50 by {wanted.examples} example{'' if wanted.examples == 1 else 's'}"
     score = scoring.score_of_draws(metric, np.array(values), wanted.label)
     return Evaluation("detect", len(names), (score,))
@@ -118,10 +118,21 @@ def _embedded(session: Session, labelled: Sequence[Labelled], examples: set[Exam
     return found
 
 
-def _ap50(session: Session, labelled: Sequence[Labelled], draw: Sequence[Example], looks: Looks, label: str) -> float:
-    """Of the images that gave no example of this draw."""
-    query = DetectQuery((), LEAST_SCORE, Examples.joined([looks[example] for example in draw]))
-    gave = {example.image for example in draw}
-    others = [image for n, image in enumerate(labelled) if n not in gave]
-    found = [detections(session, image.path, query, lambda _: label) for image in others]
-    return scoring.ap50([image.truth for image in others], found, label)
+def _ap50(
+    session: Session, labelled: Sequence[Labelled], draws: Sequence[Sequence[Example]], looks: Looks, label: str,
+    progress: Progress | None,
+) -> list[float]:  # fmt: skip
+    """Of each draw, on the images that gave none of its examples. An image is looked at once, for all draws."""
+    examples = [Examples.joined([looks[example] for example in draw]) for draw in draws]
+    truth: list[list[list[Truth]]] = [[] for _ in draws]
+    found: list[list[list[Found]]] = [[] for _ in draws]
+    for n, image in enumerate(counted(labelled, progress)):
+        counting = [k for k, draw in enumerate(draws) if n not in {example.image for example in draw}]
+        if not counting:
+            continue
+        query = DetectQuery((), LEAST_SCORE, {str(k): examples[k] for k in counting})
+        seen = detections(session, image.path, query, str)
+        for k in counting:
+            truth[k].append(image.truth)
+            found[k].append([Found(label, box.score, box.box) for box in seen if box.label == str(k)])
+    return [scoring.ap50(*of_draw, label) for of_draw in zip(truth, found, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,12 +38,12 @@ LIKE = "like"
 class DetectQuery:
     """Which objects are wanted. ``labels`` empty: all that the bundle knows.
 
-    ``examples`` is what they look like, where that is said by examples instead of labels.
+    ``examples`` is what they look like, by the label that each kind shall have, where that is said instead of words.
     """
 
     labels: tuple[str, ...] = ()
     score_threshold: float | None = None
-    examples: Examples | None = field(default=None, compare=False)
+    examples: Mapping[str, Examples] = field(default_factory=dict, compare=False)
 
 
 def wanted_labels(query: DetectQuery, task: AnyDetectTask) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def wanted_labels(query: DetectQuery, task: AnyDetectTask) -> tuple[str, ...]:
     if isinstance(task, TextDetectTask):
         if not all(labels):
             raise UsageError("an empty --query names nothing", fix='write it like --query "airplane"')
-        return (LIKE,) if query.examples is not None else labels or task.classes
+        return tuple(query.examples) or labels or task.classes
     if isinstance(task, OpenDetectTask):
         if not labels or not all(labels):
             raise UsageError("this bundle finds what you name, and nothing was named", fix='add --query "airplane"')
@@ -78,10 +78,10 @@ def detect(runtime: Runtime, task: AnyDetectTask, view: View, query: DetectQuery
         find = _by_heat_map(runtime, task, query.score_threshold, [task.classes.index(label) for label in labels])
     elif isinstance(task, TextDetectTask):
         names, margin_px = labels, float(task.stride)
-        if query.examples is None:
+        if not query.examples:
             find = by_vectors(runtime, task, labels, query.score_threshold)
         else:
-            find = by_examples(runtime, task, query.examples, query.score_threshold)
+            find = by_examples(runtime, task, [*query.examples.values()], query.score_threshold)
     else:
         names, margin_px = labels, border_px(task)
         find = by_words(runtime, task, labels, query.score_threshold)
@@ -119,13 +119,13 @@ def by_vectors(runtime: Runtime, task: TextDetectTask, labels: Sequence[str], th
     return find
 
 
-def by_examples(runtime: Runtime, task: TextDetectTask, examples: Examples, threshold: float | None) -> Find:
-    """Boxes of what looks like one of the examples."""
+def by_examples(runtime: Runtime, task: TextDetectTask, things: Sequence[Examples], threshold: float | None) -> Find:
+    """Boxes of what looks like one of the examples of a thing."""
     least = task.like.threshold if threshold is None else threshold
 
     def find(tiles: TileBatch, kept: Kept) -> list[Boxes]:
         features = encode(runtime.open(task.encoder), tiles.dates[0].pixels_NCHW(kept), task.encoder_outputs)
-        return runtime.like_detector(task)(features, examples, least)
+        return runtime.like_detector(task)(features, things, least)
 
     return find
 

@@ -1,4 +1,5 @@
-"""Detection by examples: the objects of a tile whose appearance and size are most like theirs.
+"""Detection by examples: the objects of a tile whose appearance and size are most like theirs, for one thing looked
+for or several.
 
 ``config.task_specs.Likeness`` states the score. Letters: N boxes, E examples in all their symmetries, D dimensions,
 h, w cells of ``stride`` tile pixels.
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm.config.task_specs import TextDetectTask
+from edge_rsvlm.merge.boxes import concatenate, empty_boxes
 from edge_rsvlm.tasks.encode import Features
 from edge_rsvlm.tasks.match import unit
 from edge_rsvlm.tasks.text_detect import TextDetector
@@ -55,25 +57,32 @@ class LikeDetector:
     ) -> None:
         self._spec, self._graph, self._detector, self._classes_QD = spec, graph, detector, classes_QD
 
-    def __call__(self, features: Features, examples: Examples, threshold: float) -> list[Boxes]:
-        """In tile pixels, best first; all have label 0. Appearance is computed tile by tile: its maps are large."""
+    def __call__(self, features: Features, things: Sequence[Examples], threshold: float) -> list[Boxes]:
+        """In tile pixels, best first of each thing; labels are numbers of ``things``, each said by its examples.
+
+        Appearance is computed once for all of them, and tile by tile: its maps are large.
+        """
         objects = self._detector.objects(features, self._classes_QD, LEAST_OBJECTNESS)
         tiles = ({name: maps[n : n + 1] for name, maps in features.items()} for n in range(len(objects)))
-        return [self._alike(tile, boxes, examples, threshold) for tile, boxes in zip(tiles, objects, strict=True)]
+        return [self._alike(tile, boxes, things, threshold) for tile, boxes in zip(tiles, objects, strict=True)]
 
     def vectors(self, features: Features, boxes_N4: NDArray[np.float64]) -> NDArray[np.float32]:
         """Unit vectors [N, D] of what boxes of the only tile show, in its pixels."""
         ((maps_Dhw,),) = self._graph.run({name: features[name] for name in self._spec.like.encoder_outputs}, OUTPUTS)
         return unit(box_means(maps_Dhw, boxes_N4 / self._spec.stride))
 
-    def _alike(self, features: Features, objects: Boxes, examples: Examples, threshold: float) -> Boxes:
+    def _alike(self, features: Features, objects: Boxes, things: Sequence[Examples], threshold: float) -> Boxes:
         if not len(objects.scores_N):
             return objects
-        vectors_ND = self.vectors(features, objects.xyxy_N4)
-        scores_N = likeness(vectors_ND, sides(objects.xyxy_N4), examples) * objects.scores_N**OBJECTNESS_POWER
-        order = np.argsort(-scores_N, kind="stable")
-        order = order[scores_N[order] >= threshold]
-        return Boxes(objects.xyxy_N4[order], scores_N[order].astype(np.float32), objects.labels_N[order])
+        vectors_ND, sides_N = self.vectors(features, objects.xyxy_N4), sides(objects.xyxy_N4)
+        found = [empty_boxes()]
+        for label, examples in enumerate(things):
+            scores_N = likeness(vectors_ND, sides_N, examples) * objects.scores_N**OBJECTNESS_POWER
+            order = np.argsort(-scores_N, kind="stable")
+            order = order[scores_N[order] >= threshold]
+            labels = np.full(len(order), label, np.int64)
+            found.append(Boxes(objects.xyxy_N4[order], scores_N[order].astype(np.float32), labels))
+        return concatenate(found)
 
 
 def likeness(vectors_ND: NDArray[np.float32], sides_N: NDArray[np.float64], examples: Examples) -> NDArray[np.float64]:

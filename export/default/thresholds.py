@@ -68,7 +68,7 @@ class Detection:
 
     def alike(self, tile_CHW: F32, examples: Examples) -> list[Found]:
         """Boxes of what looks like one of the examples, from LEAST_SCORE on."""
-        (boxes,) = self.runtime.like_detector(self.task)(self.features(tile_CHW), examples, LEAST_SCORE)
+        (boxes,) = self.runtime.like_detector(self.task)(self.features(tile_CHW), [examples], LEAST_SCORE)
         return merged(boxes, self.task.nms_iou, (LIKE,))
 
     def examples(self, tile_CHW: F32, boxes_N4: NDArray[np.float64]) -> Examples:
