@@ -62,7 +62,8 @@ def truth(said: Sequence[str], labels: Sequence[Iterable[str]]) -> Truth:
     """Of one caption per image, and the labels of each image."""
     pairs = [(named(caption), set(true)) for caption, true in zip(said, labels, strict=True)]
     right = sum(len(told & true) for told, true in pairs)
-    return Truth(right / sum(len(told) for told, _ in pairs), right / sum(len(true) for _, true in pairs))
+    named_at_all, there = (sum(map(len, part)) for part in zip(*pairs, strict=True))
+    return Truth(right / max(named_at_all, 1), right / max(there, 1))
 
 
 def truth_of_bundle(data: Path, folder: Path) -> Truth:
