@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm.config.task_specs import TextDetectTask
-from edge_rsvlm.merge.boxes import concatenate, empty_boxes
 from edge_rsvlm.tasks.encode import Features
 from edge_rsvlm.tasks.match import unit
 from edge_rsvlm.tasks.text_detect import TextDetector
@@ -75,14 +74,12 @@ class LikeDetector:
         if not len(objects.scores_N):
             return objects
         vectors_ND, sides_N = self.vectors(features, objects.xyxy_N4), sides(objects.xyxy_N4)
-        found = [empty_boxes()]
-        for label, examples in enumerate(things):
-            scores_N = likeness(vectors_ND, sides_N, examples) * objects.scores_N**OBJECTNESS_POWER
-            order = np.argsort(-scores_N, kind="stable")
-            order = order[scores_N[order] >= threshold]
-            labels = np.full(len(order), label, np.int64)
-            found.append(Boxes(objects.xyxy_N4[order], scores_N[order].astype(np.float32), labels))
-        return concatenate(found)
+        alike_KN = np.stack([likeness(vectors_ND, sides_N, examples) for examples in things])
+        scores_KN = (alike_KN * objects.scores_N**OBJECTNESS_POWER).astype(np.float32)
+        order_KN = np.argsort(-scores_KN, axis=1, kind="stable")
+        labels_N, rank_N = np.nonzero(np.take_along_axis(scores_KN, order_KN, axis=1) >= threshold)
+        chosen_N = order_KN[labels_N, rank_N]
+        return Boxes(objects.xyxy_N4[chosen_N], scores_KN[labels_N, chosen_N], labels_N)
 
 
 def likeness(vectors_ND: NDArray[np.float32], sides_N: NDArray[np.float64], examples: Examples) -> NDArray[np.float64]:
