@@ -63,12 +63,13 @@ def ahead(make: Callable[[], T], depth: int = 6) -> Iterator[T]:
 def train(
     module: nn.Module,
     groups: list[dict[str, Any]],
-    step_loss: Callable[[int], dict[str, Tensor]],
+    step_loss: Callable[[float], dict[str, Tensor]],
     *,
     minutes: float,
     checkpoint: Path,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Minimise the sum of ``step_loss(step)`` for ``minutes``; returns averaged weights and what was seen.
+    """Minimise the sum of ``step_loss(progress)``, which is told the share of the time that is gone, for ``minutes``;
+    returns averaged weights and what was seen.
 
     ``groups`` are AdamW parameter groups, each with its own ``lr``. Losses go to a ``.jsonl`` beside ``checkpoint``.
     """
@@ -82,7 +83,7 @@ def train(
     while (spent := used_s + time.monotonic() - begun) < minutes * 60:
         for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
             group["lr"] = peak * rate(spent / (minutes * 60), step)
-        losses = step_loss(step)
+        losses = step_loss(spent / (minutes * 60))
         total = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad(set_to_none=True)
         total.backward()

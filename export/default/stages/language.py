@@ -3,6 +3,9 @@
 A sequence is a prompt and an answer after the visual tokens of its image:
     <bos> a sentence <eos>
     <ask> a question <answer> an answer <eos>
+
+Few of all words are answers, and many of these a single yes or no: after ``answers_from`` of the time, when the decoder
+has learnt to see and to speak, answers are asked for more often and weigh as much as captions.
 """
 
 from __future__ import annotations
@@ -29,10 +32,12 @@ from edge_rsvlm.export.default.stages.features import ANSWER, ASK
 
 NAME = "language"
 DEFAULTS: dict[str, Any] = {
-    "minutes": 30.0,
+    "minutes": 36.0,
     "images": 48,
     "ucm_share": 0.5,
     "question_share": 0.35,
+    "answers_from": 0.5,
+    "question_share_then": 0.7,
     "rate": 1.5e-3,
     "dropout": 0.15,
     "label_smoothing": 0.1,
@@ -62,10 +67,17 @@ def run(
     seen = features.of_scenes(data, work, backbone, vision)
     model = Language(DecoderConfig(seen.tokenizer.get_vocab_size(), dropout=config["dropout"])).to(device()).train()
     rng = np.random.default_rng(config["seed"])
-    said = ahead(Said(seen, config, rng), depth=4)
+    said = Said(seen, config, rng)
+    batches = ahead(said, depth=4)
+
+    def losses(progress: float) -> dict[str, Tensor]:
+        apart = progress >= config["answers_from"]
+        if apart:
+            said.question_share = config["question_share_then"]
+        return loss(model, next(batches), config["label_smoothing"], apart=apart)
+
     state, metrics = train(
-        model, [{"params": list(model.parameters()), "lr": config["rate"]}],
-        lambda _: {"words": loss(model, next(said), config["label_smoothing"])},
+        model, [{"params": list(model.parameters()), "lr": config["rate"]}], losses,
         minutes=config["minutes"], checkpoint=work / f"{NAME}-{digest[:12]}.pt",
     )  # fmt: skip
     return artifact.write(work / NAME, NAME, digest, config, metrics, state, texts(seen))
@@ -87,10 +99,12 @@ class Said:
     seen: features.Scenes
     config: dict[str, Any]
     rng: np.random.Generator
+    question_share: float = field(init=False)
     questions: dict[int, list[Question]] = field(init=False)
     captions: list[list[list[str]]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.question_share = self.config["question_share"]
         ucm = self.seen.parts[0]
         theme = themes(ucm.scenes.scenes[int(i)] for i in ucm.usable)
         # RSIVQA's own are as likely as the others together: they are what is asked in the end.
@@ -122,7 +136,7 @@ class Said:
         ]  # fmt: skip
         found: list[Sequence] = []
         for _ in range(SEQUENCES):
-            if questions and (not captions or self.rng.random() < self.config["question_share"]):
+            if questions and (not captions or self.rng.random() < self.question_share):
                 q = questions[int(self.rng.integers(len(questions)))]
                 found.append((f"{ASK}{q.question}{ANSWER}", q.answer))
             elif captions:
@@ -131,7 +145,8 @@ class Said:
 
 
 def padded(tokenizer: Any, sequences: list[list[Sequence]], count: int = SEQUENCES) -> Batch:
-    """``fed`` [N,S,T] and ``expected`` [N,S,T], IGNORE in the prompt and beyond the end."""
+    """``fed`` [N,S,T] and ``expected`` [N,S,T], IGNORE in the prompt and beyond the end; ``asked`` [N,S] marks
+    questions."""
     eos = tokenizer.token_to_id(EOS)
     pairs = [
         [tuple(tokenizer.encode(text, add_special_tokens=False).ids for text in pair) for pair in of_image]
@@ -140,16 +155,22 @@ def padded(tokenizer: Any, sequences: list[list[Sequence]], count: int = SEQUENC
     longest = min(MOST_TOKENS, max(len(p) + len(a) for of_image in pairs for p, a in of_image))
     fed = np.full((len(pairs), count, longest), eos, np.int64)
     expected = np.full_like(fed, IGNORE)
+    of_question = np.zeros(fed.shape[:2], np.bool_)
     for n, of_image in enumerate(pairs):
         for s, (prompt, answer) in enumerate(of_image):
             whole = [*prompt, *answer, eos][: longest + 1]
             fed[n, s, : len(whole) - 1] = whole[:-1]
             expected[n, s, len(prompt) - 1 : len(whole) - 1] = whole[len(prompt) :]
-    return {"fed": torch.from_numpy(fed), "expected": torch.from_numpy(expected)}
+            of_question[n, s] = sequences[n][s][0] != BOS
+    return {
+        "fed": torch.from_numpy(fed),
+        "expected": torch.from_numpy(expected),
+        "asked": torch.from_numpy(of_question),
+    }
 
 
-def loss(model: Language, batch: Batch, smoothing: float) -> Tensor:
-    """Cross-entropy of the next token of the answers."""
+def loss(model: Language, batch: Batch, smoothing: float, *, apart: bool) -> dict[str, Tensor]:
+    """Cross-entropy of the next token of captions and answers: of all ``words`` together, or ``apart``."""
     where = device()
     batch = {name: value.to(where) for name, value in batch.items()}
     count, sequences, length = batch["fed"].shape
@@ -162,4 +183,13 @@ def loss(model: Language, batch: Batch, smoothing: float) -> Tensor:
         )
         known = batch["expected"].flatten(1) != IGNORE
         logits = model.decoder.logits(hidden[:, prefix.shape[1] :][known])
-    return F.cross_entropy(logits.float(), batch["expected"].flatten(1)[known], label_smoothing=smoothing)
+    each = F.cross_entropy(
+        logits.float(), batch["expected"].flatten(1)[known], label_smoothing=smoothing, reduction="none"
+    )
+    if not apart:
+        return {"words": each.mean()}
+    answers = batch["asked"][..., None].expand(-1, -1, length).flatten(1)[known]
+    return {
+        name: (each * part).sum() / part.sum().clamp(min=1)
+        for name, part in (("captions", ~answers), ("answers", answers))
+    }
