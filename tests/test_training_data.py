@@ -230,6 +230,27 @@ def test_only_answers_are_learnt(tokenizer):
         told = expected[row] != IGNORE
         np.testing.assert_array_equal(fed[row, 1 : last + 1][told[:last]], expected[row, :last][told[:last]])
     assert (expected[2] == IGNORE).all(), "an image with fewer sentences learns nothing from the rest"
+    assert batch["asked"].tolist() == [[True, False, False]]
+
+
+def test_answers_weigh_as_much_as_captions(tokenizer):
+    import torch
+
+    from edge_rsvlm.export.default.model.decoder import DecoderConfig
+    from edge_rsvlm.export.default.model.language import TOKEN_CHANNELS, Language
+    from edge_rsvlm.export.default.stages.language import IGNORE, loss, padded
+
+    torch.manual_seed(0)
+    model = Language(DecoderConfig(tokenizer.get_vocab_size(), dropout=0.0)).eval()
+    said = [[("<ask>many cars<answer>", "two"), ("<bos>", "two green trees")]]
+    batch = padded(tokenizer, said, 3) | {"tokens": torch.randn(1, TOKEN_CHANNELS, 2, 2)}
+    with torch.inference_mode():
+        whole, apart = (loss(model, batch, 0.0, apart=apart) for apart in (False, True))
+        silent = loss(model, batch | {"asked": torch.zeros(1, 3, dtype=torch.bool)}, 0.0, apart=True)
+    answers, captions = ((batch["expected"][0, row] != IGNORE).sum() for row in (0, 1))
+    mean = (answers * apart["answers"] + captions * apart["captions"]) / (answers + captions)
+    torch.testing.assert_close(mean, whole["words"], rtol=1e-4, atol=1e-4)
+    assert silent["answers"] == 0
 
 
 def test_padding_changes_no_text(tokenizer):
