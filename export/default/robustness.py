@@ -89,16 +89,15 @@ DEGRADATIONS = (
 def losses(data: Path, bundle: Path, work: Path) -> Iterator[Loss]:
     """Of captions on UC Merced's validation part (CIDEr), and of airplanes on held-out HRPlanes (AP50)."""
     for task, metric, write in (("caption", "CIDEr", _captioned), ("detect", "AP50", _boxed)):
-        before = _score(write(data, work / task / "none", AS_IS), bundle, metric)
-        for degradation in DEGRADATIONS:
-            folder = work / task / degradation.name.replace(" ", "_")
-            after = _score(write(data, folder, degradation), bundle, metric)
-            yield Loss(task, metric, degradation.name, before, after)
+        ways = (AS_IS, *DEGRADATIONS)
+        commands = [write(data, work / task / how.name.replace(" ", "_"), how) for how in ways]
+        before, *after = (_value(found, metric) for found in score.run_all(commands, bundle))
+        for how, value in zip(DEGRADATIONS, after, strict=True):
+            yield Loss(task, metric, how.name, before, value)
 
 
-def _score(command: str, bundle: Path, metric: str) -> float:
-    found = score.run(command, bundle)["scores"]
-    return next(float(s["value"]) for s in found if s["metric"] == metric and s["label"] is None)
+def _value(result: dict[str, Any], metric: str) -> float:
+    return next(float(s["value"]) for s in result["scores"] if s["metric"] == metric and s["label"] is None)
 
 
 def _captioned(data: Path, folder: Path, how: Degradation) -> str:

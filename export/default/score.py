@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -71,9 +73,9 @@ def evaluations(
 ) -> list[dict[str, Any]]:
     """``Accuracy`` entries of the manifest for the bundle in ``folder``; scores are told to ``log`` as they come."""
     found = []
-    for title, pattern in rows:
+    results = run_all([pattern.format(data=data, labels=LABELS) for _, pattern in rows], folder)
+    for (title, pattern), result in zip(rows, results, strict=True):
         command = pattern.format(data=DATA, labels=LABELS)
-        result = run(pattern.format(data=data, labels=LABELS), folder)
         scores = reported(result["task"], result["scores"])
         if not scores:
             raise ValueError(f"'{command}' reported none of {REPORTED[result['task']]}: {result['scores']}")
@@ -96,10 +98,16 @@ def reported(task: str, scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     return whole or kinds
 
 
+def run_all(commands: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:
+    """The results of ``run`` in their order; as many at a time as there are processors, each with one thread."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(lambda command: run(command, folder), commands)
+
+
 def run(command: str, folder: Path) -> dict[str, Any]:
     """The JSON result of an ``edge-rsvlm eval`` command on the bundle in ``folder``."""
     program, *arguments = shlex.split(command)
-    extra = ["--bundle", str(folder), "--allow-unsigned", "--json"]
+    extra = ["--bundle", str(folder), "--allow-unsigned", "--json", "--threads", "1"]
     executable = str(Path(sys.executable).parent / program)
     done = subprocess.run([executable, *arguments, *extra], capture_output=True, text=True, check=False)
     if done.returncode:
