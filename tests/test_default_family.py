@@ -222,7 +222,7 @@ def toy(tmp_path):
 
 def test_episodes_show_one_kind_in_one_image_and_seek_it_in_another(toy):
     rng, shown = np.random.default_rng(3), []
-    toy.crop = lambda name, *others: shown.append(name) or ObjectData.crop(toy, name, *others)
+    toy.crop = lambda name, *others, **more: shown.append(name) or ObjectData.crop(toy, name, *others, **more)
     for _ in range(5):
         episode = thresholds.draw(toy, rng)
         assert 1 <= len(episode.boxes) <= thresholds.EXAMPLES

@@ -3,7 +3,8 @@
 ``python -m edge_rsvlm.export.default.thresholds`` chooses them anew; it has to be run after each training.
 
 For words and for examples on augmented crops of *training* images: augmentation keeps them from being as easy as the
-images learnt. For change on held-out cities, each of which is scored with the threshold that the others choose.
+images learnt. Those for words lie anywhere: most of a scene holds nothing, and each false alarm there counts. For
+change on held-out cities, each of which is scored with the threshold that the others choose.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ UNCHOSEN = Thresholds(detect=0.5, like=0.5, change=0.5)
 GRID = np.round(np.arange(0.1, 0.75, 0.05), 2)
 LIMITS = Limits(memory_bytes=2 << 30, threads=2)
 LEAST_SCORE = 0.1
-CROPS, CROP_PX = 160, 512
+CROPS, CROP_PX = 400, 512
 EPISODES, EXAMPLES = 120, 3
 KINDS_OF = {query.words[0]: query.kinds for query in QUERIES if query.words[0] in CLASSES}
 CLASS_OF = {KINDS.index(kind): name for name, kinds in KINDS_OF.items() for kind in kinds}
@@ -99,7 +100,7 @@ def query_threshold(detection: Detection, sets: list[ObjectData]) -> float:
         queries_QD = detection.runtime.text_queries(detection.task, names)
         truth, found = [], []
         for _ in range(CROPS // len(sets)):
-            tile, labels = data.crop(str(rng.choice(data.names)), rng, CROP_PX)
+            tile, labels = data.crop(str(rng.choice(data.names)), rng, CROP_PX, near=0.0)
             truth.append(truth_in(labels, CLASS_OF.get))
             found.append(detection.found(tile, queries_QD, names))
         counts.append(counted(truth, found, names))

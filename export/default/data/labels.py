@@ -14,6 +14,7 @@ import numpy.typing as npt
 IGNORE = -1
 MIN_BOX_PX = 5.0
 """Smaller objects after scaling are ignored, not learnt."""
+NEAR_OBJECTS = 0.7
 GAUSSIAN_ALPHA = 0.54
 """The positive region is this share of the box (Liu et al. 2019, "TTFNet")."""
 
@@ -44,11 +45,12 @@ def read_boxes(path: Path, numbers: Mapping[str, int]) -> dict[str, Labels]:
 
 
 def random_box(
-    rng: np.random.Generator, hw: tuple[int, ...], labels: Labels, side: float
+    rng: np.random.Generator, hw: tuple[int, ...], labels: Labels, side: float, near: float = NEAR_OBJECTS
 ) -> tuple[float, float, float, float]:
-    """A square crop of `side` raster px: around an object (70 %) or anywhere; kept mostly inside the image."""
+    """A square crop of `side` raster px, kept mostly inside the image: around an object (a share ``near`` of them) or
+    anywhere."""
     height, width = hw[:2]
-    if len(labels.boxes) and rng.random() < 0.7:
+    if len(labels.boxes) and rng.random() < near:
         x0, y0, x1, y1 = labels.boxes[rng.integers(len(labels.boxes))]
         cx, cy = (x0 + x1) / 2 + rng.uniform(-0.45, 0.45) * side, (y0 + y1) / 2 + rng.uniform(-0.45, 0.45) * side
     else:

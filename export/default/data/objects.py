@@ -20,6 +20,7 @@ from edge_rsvlm.export.default.data.labels import (
     GAUSSIAN_ALPHA,
     IGNORE,
     MIN_BOX_PX,
+    NEAR_OBJECTS,
     Labels,
     random_box,
     read_boxes,
@@ -139,12 +140,12 @@ class ObjectData:
         tile, labels = self.crop(self.names[rng.integers(len(self.names))], rng, size_px)
         return degraded(rng, tile), targets(labels.boxes, labels.classes, size_px, self.spec)
 
-    def crop(self, name: str, rng: np.random.Generator, size_px: int) -> tuple[F32, Labels]:
+    def crop(self, name: str, rng: np.random.Generator, size_px: int, near: float = NEAR_OBJECTS) -> tuple[F32, Labels]:
         """A tile of this image, turned, scaled and lit at random, and all of its labels in tile px: they may lie
-        outside."""
+        outside. ``near`` is the share of tiles around an object."""
         image, labels = self.store[name], self.labels[name]
         scale = float(np.exp(rng.uniform(np.log(0.5), np.log(1.5))))
-        box = random_box(rng, image.shape[:2], labels, size_px / scale)
+        box = random_box(rng, image.shape[:2], labels, size_px / scale, near)
         tile = cut(image, box, (size_px, size_px), RGB_BANDS, U8_RANGE, jitter(rng, 0.18, 0.05, 0.04))
         boxes = (labels.boxes - [box[0], box[1], box[0], box[1]]) * (size_px / (box[2] - box[0]))
         view = int(rng.integers(8))
