@@ -21,7 +21,7 @@ from edge_rsvlm.export.default.data.augment import degraded
 from edge_rsvlm.export.default.data.scenes import SceneSet
 from edge_rsvlm.export.default.data.views import jitter
 from edge_rsvlm.export.default.loop import device
-from edge_rsvlm.export.default.model.encoder import CHANNELS, Encoder
+from edge_rsvlm.export.default.model.encoder import Encoder
 
 VOCABULARY = 2048
 BOS, EOS = "<bos>", "<eos>"
@@ -65,14 +65,9 @@ class FeatureStore:
         return np.asarray(self.features[key], np.float32)
 
 
-def c5_of(maps: dict[str, Tensor]) -> Tensor:
-    """The coarsest map alone."""
-    return maps["c5"]
-
-
 def cached_features(
-    encoder: Encoder, scenes: SceneSet, views: int, path: Path,
-    channels: int = CHANNELS["c5"], of: Callable[[dict[str, Tensor]], Tensor] = c5_of,
+    encoder: Encoder, scenes: SceneSet, views: int, path: Path, channels: int,
+    of: Callable[[dict[str, Tensor]], Tensor],
 ) -> FeatureStore:  # fmt: skip
     """Features of all images, ``channels`` that ``of`` makes of the encoder's maps, computed once; a run that was
     interrupted goes on where it stopped.
