@@ -22,7 +22,7 @@ from edge_rsvlm.export.recipe import Recipe
 from edge_rsvlm.export.steps.compile_gguf import LanguageWriter
 from edge_rsvlm.export.steps.compile_onnx import BUNDLE
 from edge_rsvlm.export.steps.parity import FAILED, PROBES
-from edge_rsvlm.export.steps.quantize import CALIBRATED, chosen_precisions, quantize
+from edge_rsvlm.export.steps.quantize import calibrated, chosen_precisions, quantize
 from edge_rsvlm.export.steps.search import CHOICE, Search, applied
 from edge_rsvlm.raster.inputs import Source
 
@@ -67,9 +67,8 @@ class FewerBits:
         if self.recipe.goal is not None:
             return self._searched(compiled, proven, before)
         precisions = chosen_precisions(self.recipe, before.manifest, before.folder)
-        wanted = set(CALIBRATED) & set(precisions.values()) or (self.language and self.recipe.calibration)
-        calibrated = self._calibrated(compiled, before) if wanted else None
-        return self._smaller(compiled, proven, calibrated)
+        wanted = calibrated(self.recipe, precisions.values()) or (self.language and self.recipe.calibration)
+        return self._smaller(compiled, proven, self._calibrated(compiled, before) if wanted else None)
 
     def _smaller(self, compiled: Artifact, proven: Artifact, calibrated: Artifact | None) -> Smaller:
         quantized = self._quantized(compiled, proven, calibrated)

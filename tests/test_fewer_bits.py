@@ -116,6 +116,17 @@ def test_images_are_asked_for_where_ranges_need_them(tmp_path):
     assert "--calibration" in str(made.exception)
 
 
+def test_weights_that_are_only_rounded_need_no_images(tmp_path):
+    (tmp_path / "c").mkdir()
+    tiny_generators.llava(tmp_path / "c")
+    path = recipe(tmp_path, tmp_path / "c", "onnx:int4", allow='["accuracy"]')
+    path.write_text(path.read_text().partition("[calibration]")[0] + '[int4]\nmethod = "rtn"\n')
+    made = run("export", "run", path)
+    assert made.exception is None, made.exception
+    found = manifest(tmp_path)
+    assert found["graphs"]["decoder"]["precision"] == "int4" and found.get("calibration") is None
+
+
 def test_only_graphs_that_are_named_are_made_for_tensorrt(tmp_path):
     (tmp_path / "c").mkdir()
     checkpoint = tiny_checkpoints.clip(tmp_path / "c")

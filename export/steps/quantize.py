@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from edge_rsvlm.export.steps.parity import BY_ADAPTER, PROBES
 from edge_rsvlm.export.tensorrt.checked import checked
 from edge_rsvlm.pipeline.adapters import read_adapter
 
-CALIBRATED = ("int8", "int4")
 Metrics = dict[str, float | int | str]
 GraphProgress = Callable[[str, int, int], None]
 
@@ -48,6 +47,12 @@ def chosen_precisions(recipe: Recipe, manifest: Manifest, draft: Path) -> dict[s
                     fix=f"graphs are {', '.join(manifest.graphs)}",
                 )
     return {name: recipe.precision.get(name) or _by_target(recipe, manifest, draft, name) for name in manifest.graphs}
+
+
+def calibrated(recipe: Recipe, precisions: Iterable[Precision]) -> bool:
+    """Whether any of these precisions looks at images: weights that are only rounded need none."""
+    looks = {"int8"} if recipe.int4.method == "rtn" else {"int8", "int4"}
+    return not looks.isdisjoint(precisions)
 
 
 def _for_tensorrt(recipe: Recipe, name: str) -> bool:
