@@ -7,7 +7,8 @@ moved their origin already.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +20,7 @@ from rasterio import warp
 from rasterio.control import GroundControlPoint as RasterioPoint
 from rasterio.crs import CRS
 from rasterio.errors import CRSError
-from rasterio.transform import GCPTransformer
+from rasterio.transform import GCPTransformer, RPCTransformer
 
 from edge_rsvlm.types import Georeference
 
@@ -30,6 +31,8 @@ EARTH_SEMI_MAJOR_M = 6_378_137.0
 DECIMALS = 7  # of a degree: 1 cm
 PIXEL_DECIMALS = 2
 LONGEST_SIDE_PX = 64
+FIT_POINTS = 9
+"""Along each side of a raster."""
 
 
 class PixelMapper:
@@ -44,7 +47,8 @@ class PixelMapper:
         if not on_earth(georeference.crs_wkt):
             self.warning = "its coordinate system is not on Earth: results are in pixel coordinates"
             return
-        self.located = georeference.transform is not None or len(georeference.gcps) >= 3
+        by_affine, by_points = georeference.transform is not None, len(georeference.gcps) >= 3
+        self.located = by_affine or by_points or georeference.rpcs is not None
         if not self.located:
             self.warning = "it has a coordinate system but no transform: results are in pixel coordinates"
 
@@ -54,12 +58,21 @@ class PixelMapper:
         points = [RasterioPoint(row=p.row, col=p.col, x=p.x, y=p.y) for p in self._georeference.gcps]
         return GCPTransformer(points)
 
+    @cached_property
+    def _rpc_transformer(self) -> Any:
+        assert self._georeference is not None
+        return RPCTransformer(self._georeference.rpcs)
+
     def to_crs(self, xy_N2: NDArray[np.float64]) -> NDArray[np.float64]:
         """Raster pixels [N, 2] -> coordinates of the raster's CRS [N, 2]."""
         assert self._georeference is not None
         if self._georeference.transform is not None:
             return apply(self._georeference.transform, xy_N2)
-        x, y = self._gcp_transformer.xy(xy_N2[:, 1], xy_N2[:, 0], offset="ul")
+        if self._georeference.rpcs is not None:
+            heights = np.full(len(xy_N2), self._georeference.height_m)
+            x, y = self._rpc_transformer.xy(xy_N2[:, 1], xy_N2[:, 0], zs=heights, offset="ul")
+        else:
+            x, y = self._gcp_transformer.xy(xy_N2[:, 1], xy_N2[:, 0], offset="ul")
         return np.stack([np.asarray(x, np.float64), np.asarray(y, np.float64)], axis=1)
 
     @cached_property
@@ -101,6 +114,55 @@ def apply(transform: Affine, xy_N2: NDArray[np.float64]) -> NDArray[np.float64]:
     x, y = xy_N2.T
     a, b, c, d, e, f = transform[:6]
     return np.stack([a * x + b * y + c, d * x + e * y + f], axis=1)
+
+
+def spread_over(width: int, height: int) -> NDArray[np.float64]:
+    """Points [N, 2] evenly over a raster, its edges among them."""
+    grid = np.meshgrid(np.linspace(0, width, FIT_POINTS), np.linspace(0, height, FIT_POINTS))
+    return np.stack(grid, axis=-1).reshape(-1, 2)
+
+
+def affine_through(from_N2: NDArray[np.float64], to_N2: NDArray[np.float64]) -> Affine:
+    """The affine transform nearest to ``from`` -> ``to``, by least squares; ValueError where all lie on one line."""
+    x0, y0 = to_N2.mean(axis=0)
+    from_N3 = np.column_stack([from_N2, np.ones(len(from_N2))])
+    (a, d), (b, e), (c, f) = np.linalg.lstsq(from_N3, to_N2 - (x0, y0), rcond=None)[0]
+    if math.isclose(a * e, b * d, rel_tol=1e-9):
+        raise ValueError("its pixels lie on one line of the ground")
+    return Affine(a, b, c + x0, d, e, f + y0)
+
+
+def fitted(georeference: Georeference) -> tuple[Affine, float]:
+    """The affine transform that is nearest to where a located raster lies, and how far it is off at most, in pixels.
+
+    ValueError where its pixels have no place.
+    """
+    if georeference.transform is not None:
+        return georeference.transform, 0.0
+    xy_N2 = spread_over(georeference.width, georeference.height)
+    crs_N2 = PixelMapper(georeference).to_crs(xy_N2)
+    if not np.isfinite(crs_N2).all():
+        raise ValueError("its pixels have no place on the ground")
+    transform = affine_through(xy_N2, crs_N2)
+    return transform, float(np.hypot(*(apply(~transform, crs_N2) - xy_N2).T).max())
+
+
+def between(source: Georeference, target: Georeference) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """From pixels [N, 2] of one raster to those of another that shows the same ground.
+
+    Rasters without a place on Earth are taken pixel by pixel. Raises ValueError where the target's pixels have none.
+    """
+    mapper = PixelMapper(source)
+    if source == target or not (mapper.located and PixelMapper(target).located):
+        return lambda xy_N2: xy_N2
+    assert target.crs_wkt is not None
+    crs, to_pixels = CRS.from_wkt(target.crs_wkt), ~fitted(target)[0]
+
+    def move(xy_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+        lon_N, lat_N = mapper.to_lonlat(xy_N2).T
+        return apply(to_pixels, np.stack(warp.transform(LONLAT, crs, lon_N, lat_N), axis=1))
+
+    return move
 
 
 def on_earth(crs_wkt: str) -> bool:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from rasterio.rpc import RPC
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,10 @@ class GroundControlPoint:
 
 @dataclass(frozen=True)
 class Georeference:
-    """Where a raster lies. Either ``transform`` or ``gcps`` is set when ``crs_wkt`` is.
+    """Where a raster lies. One of ``transform``, ``gcps`` and ``rpcs`` is set when ``crs_wkt`` is.
 
     ``transform`` maps raster pixels (col, row) to CRS coordinates (x, y).
+    ``rpcs`` are rational polynomials from WGS 84 to pixels, taken at ``height_m`` above the ellipsoid.
     ``crs_wkt`` is None for a raster without a CRS: results then stay in pixel coordinates.
     """
 
@@ -48,6 +52,8 @@ class Georeference:
     crs_wkt: str | None = None
     transform: Affine | None = None
     gcps: tuple[GroundControlPoint, ...] = ()
+    rpcs: RPC | None = None
+    height_m: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,4 +111,32 @@ class LanguageModel(Protocol):
 
         Advance keeps what was read: one at a time may be in use.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Alert:
+    """What a rule found worth telling, with its evidence.
+
+    ``id`` is stable: the same rule over the same pair of scenes gives the same id again, so that a receiver can drop
+    repeats. ``time`` is UTC in ISO 8601: when the later scene was taken, or arrived where that is not known.
+    ``geometry`` is RFC 7946 in WGS 84, None where the scene has no place on Earth. ``record`` is the change as in
+    ``change --json``, with ``before`` and ``after``. ``crops`` are image files of both dates, where they were kept.
+    """
+
+    id: str
+    rule: str
+    time: str
+    score: float
+    sentence: str
+    geometry: Mapping[str, Any] | None
+    record: Mapping[str, Any]
+    crops: tuple[str, ...] = ()
+
+
+class AlertSink(Protocol):
+    """The seam to what takes alerts: a file, a web service, a broker."""
+
+    def send(self, alert: Alert) -> None:
+        """Return once the receiver has it. Raises DeliveryError when it has not, which says whether to try again."""
         ...

@@ -13,19 +13,19 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 from affine import Affine
-from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, Resampling
-from rasterio.transform import from_gcps
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 
 from edge_rsvlm.errors import InputError
-from edge_rsvlm.geo import apply
+from edge_rsvlm.geo import apply, fitted
 from edge_rsvlm.raster.reader import Raster, foreign_errors, open_raster
 from edge_rsvlm.types import Georeference
 
 SAME_GRID_PX = 0.01
+BEND_MOST_PX = 1.0
+"""Of a grid that control points or rational polynomials give, from the affine transform that stands for it."""
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def open_aligned(before: str, after: Raster) -> Iterator[Raster]:
             yield raster
             return
         target = after.georeference
-        located = [g.crs_wkt is not None and (g.transform is not None or g.gcps) for g in (raster.georeference, target)]
+        located = [_located(raster.georeference), _located(target)]
         size_equal = _size(raster.georeference) == _size(target)
         if not any(located) and size_equal:
             yield raster
@@ -50,6 +50,7 @@ def open_aligned(before: str, after: Raster) -> Iterator[Raster]:
                 f"{before} and {after.name} cannot be aligned: coordinates or size differ",
                 fix="give both a CRS, or cut both to the same pixels",
             )
+        raster = _at_height_of(raster, after)
         with ExitStack() as stack:
             with foreign_errors(before):
                 source = _warpable(raster, stack)
@@ -69,11 +70,18 @@ def open_aligned(before: str, after: Raster) -> Iterator[Raster]:
             yield aligned
 
 
+def _located(georeference: Georeference) -> bool:
+    by_affine, by_points = georeference.transform is not None, bool(georeference.gcps)
+    return georeference.crs_wkt is not None and (by_affine or by_points or georeference.rpcs is not None)
+
+
 def _size(georeference: Georeference) -> tuple[int, int]:
     return georeference.width, georeference.height
 
 
 def _same_grid(a: Georeference, b: Georeference) -> bool:
+    if a == b and a.crs_wkt is not None:
+        return True
     if _size(a) != _size(b) or a.crs_wkt is None or b.crs_wkt is None or a.transform is None or b.transform is None:
         return False
     if CRS.from_wkt(a.crs_wkt) != CRS.from_wkt(b.crs_wkt):
@@ -83,17 +91,28 @@ def _same_grid(a: Georeference, b: Georeference) -> bool:
     return bool(np.abs(moved - corners).max() < SAME_GRID_PX)
 
 
+def _at_height_of(raster: Raster, after: Raster) -> Raster:
+    """BEFORE, with its rational polynomials taken at AFTER's height: the ground of both dates is at one height."""
+    if raster.georeference.rpcs is None or after.georeference.rpcs is None:
+        return raster
+    placed = dataclasses.replace(raster.georeference, height_m=after.georeference.height_m)
+    return dataclasses.replace(raster, georeference=placed)
+
+
 def _warped(raster: Raster, source: Any, after: Raster, decimation: int) -> WarpedVRT:
     """BEFORE (its dataset is ``source``) on the grid of AFTER or of one of its overviews.
 
-    Control points are fitted by an affine transform.
+    GDAL's warper is given affine transforms, since it heeds neither control points nor rational polynomials where a
+    grid is asked for.
     """
-    target = after.georeference
-    assert target.crs_wkt is not None
-    a, b, c, d, e, f = _fitted(target)[:6]
+    own, target = raster.georeference, after.georeference
+    assert own.crs_wkt is not None and target.crs_wkt is not None
+    a, b, c, d, e, f = _fitted(after)[:6]
     width, height = after.size_at(decimation)
     x, y = target.width / width, target.height / height
     options: dict[str, Any] = {
+        "src_crs": CRS.from_wkt(own.crs_wkt),
+        "src_transform": _fitted(raster),
         "crs": CRS.from_wkt(target.crs_wkt),
         "transform": Affine(a * x, b * y, c, d * x, e * y, f),
         "width": width,
@@ -118,16 +137,22 @@ def _warpable(raster: Raster, stack: ExitStack) -> Any:
     return stack.enter_context(rasterio.open(path))
 
 
-def _fitted(target: Georeference) -> Affine:
-    if target.transform is not None:
-        return target.transform
-    return from_gcps([GroundControlPoint(row=p.row, col=p.col, x=p.x, y=p.y) for p in target.gcps])
+def _fitted(raster: Raster) -> Affine:
+    """InputError where an affine transform would not do."""
+    transform, off_px = fitted(raster.georeference)
+    if off_px > BEND_MOST_PX:
+        raise InputError(
+            f"{raster.name}: its control points or rational polynomials bend its grid by {off_px:.1f} px, so that "
+            "another date cannot be laid over it",
+            fix="rectify it first: gdalwarp -tps (control points) or -rpc -to RPC_DEM=DEM (rational polynomials)",
+        )
+    return transform
 
 
-def _bounds(georeference: Georeference) -> tuple[float, float, float, float]:
+def _bounds(raster: Raster) -> tuple[float, float, float, float]:
     """West, south, east, north in its own CRS, however the raster is turned."""
-    x, y = (0.0, float(georeference.width)), (0.0, float(georeference.height))
-    corners = apply(_fitted(georeference), np.array(list(itertools.product(x, y))))
+    x, y = (0.0, float(raster.georeference.width)), (0.0, float(raster.georeference.height))
+    corners = apply(_fitted(raster), np.array(list(itertools.product(x, y))))
     (west, south), (east, north) = corners.min(axis=0), corners.max(axis=0)
     return float(west), float(south), float(east), float(north)
 
@@ -136,9 +161,9 @@ def _check_overlap(before: str, raster: Raster, after: Raster) -> None:
     source, target = raster.georeference, after.georeference
     assert source.crs_wkt is not None and target.crs_wkt is not None
     crs = CRS.from_wkt(source.crs_wkt), CRS.from_wkt(target.crs_wkt)
-    west, south, east, north = transform_bounds(*crs, *_bounds(source))
+    west, south, east, north = transform_bounds(*crs, *_bounds(raster))
     if west > east:
         return  # it crosses the antimeridian: what overlaps shows when it is warped
-    a = _bounds(target)
+    a = _bounds(after)
     if east <= a[0] or west >= a[2] or north <= a[1] or south >= a[3]:
         raise InputError(f"{before} does not overlap {after.name}", fix="give two dates of the same place")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
-SENTINEL_2_ROLES = {"B02": "blue", "B03": "green", "B04": "red", "B08": "nir", "B8A": "nir"}
+SENTINEL_2_ROLES = {"B02": "blue", "B03": "green", "B04": "red", "B08": "nir", "B8A": "nir", "B12": "swir2"}
 NIR_NAMES = ("nir", "near infrared", "near-infrared")
 USUAL_ORDERS = {1: ("gray",), 2: ("gray", "unknown"), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "nir")}
 ROLES = {
@@ -34,6 +34,12 @@ def band_roles(dataset: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if roles == ("red", "green", "blue", "alpha") and not _looks_like_a_mask(dataset, 4):
         return (*roles[:3], "nir"), ("its fourth band is marked as alpha but shows an image: read as near infrared",)
     return roles, ()
+
+
+def roles_said(dataset: Any) -> bool:
+    """Whether the file itself says which band is red; else roles are those of the usual order."""
+    described = [SENTINEL_2_ROLES.get((d or "").strip().upper()[:3]) for d in dataset.descriptions]
+    return "red" in described or ColorInterp.red in dataset.colorinterp
 
 
 def _looks_like_a_mask(dataset: Any, band: int) -> bool:

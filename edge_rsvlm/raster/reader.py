@@ -6,6 +6,7 @@ import glob
 import itertools
 import logging
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,12 +18,14 @@ import numpy as np
 import rasterio
 from affine import Affine
 from numpy.typing import NDArray
-from rasterio.enums import MaskFlags
+from rasterio.enums import MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
 
 from edge_rsvlm.errors import InputError
 from edge_rsvlm.raster.bands import band_roles, palette
+from edge_rsvlm.raster.drone import place_by_flight
+from edge_rsvlm.raster.rpc import place_by_polynomials
 from edge_rsvlm.types import Georeference, GroundControlPoint, Pixels, Window
 
 CACHE_BYTES = 32 << 20
@@ -68,7 +71,7 @@ def _advice(name: str) -> str:
 
 @dataclass
 class Raster:
-    """An open raster. Use ``open_raster``; not for several threads at once.
+    """An open raster. Use ``open_raster``. Several threads may ``read``, one after another.
 
     ``open_overview`` opens the dataset at one of ``overviews``, its factors of decimation. Only bands that have a role
     are read, and ``band_roles`` are theirs.
@@ -85,11 +88,14 @@ class Raster:
     _bands: tuple[int, ...]
     notes: tuple[str, ...] = ()
     """What the user should know of how the file was understood."""
+    approximate: bool = False
+    """It was placed by what comes near, as a drone's own GPS."""
     _alpha: int | None = None
     _palette: NDArray[np.uint8] | None = None
     _scaling: tuple[tuple[float, float], ...] | None = None
     _opened: dict[int, Any] = field(default_factory=dict, repr=False)
     _whole: tuple[NDArray[Any], NDArray[np.uint8]] | None = field(default=None, repr=False)
+    _lock: Any = field(default_factory=threading.RLock, repr=False)
 
     @property
     def block_hw(self) -> tuple[int, int]:
@@ -150,13 +156,27 @@ class Raster:
 
     def read(self, window: Window, decimation: int = 1) -> Pixels:
         """Bands and validity of ``window``, which counts pixels of the overview that ``decimation`` names."""
-        if self.windowed:
-            data_CHW, valid_HW = self._read(self.level(decimation), window)
-            return Pixels(data_CHW, valid_HW, window, self.georeference)
-        data_CHW, valid_HW = self._decoded()
+        with self._lock:
+            if self.windowed:
+                data_CHW, valid_HW = self._read(self.level(decimation), window)
+                return Pixels(data_CHW, valid_HW, window, self.georeference)
+            data_CHW, valid_HW = self._decoded()
         rows = slice(window.row, window.row + window.height)
         columns = slice(window.col, window.col + window.width)
         return Pixels(data_CHW[:, rows, columns], valid_HW[rows, columns], window, self.georeference)
+
+    def shrunk(self, longest_px: int) -> Pixels:
+        """The whole raster with a longest side of ``longest_px`` at most, for a picture of it."""
+        width, height = self.georeference.width, self.georeference.height
+        everything, scale = Window(0, 0, width, height), min(longest_px / max(width, height), 1.0)
+        shape = max(round(height * scale), 1), max(round(width * scale), 1)
+        with self._lock:
+            if self.windowed:
+                data_CHW, valid_HW = self._read(self.dataset, everything, shape)
+            else:
+                rows, cols = (np.arange(n) * full // n for n, full in zip(shape, (height, width), strict=True))
+                data_CHW, valid_HW = (values[..., rows[:, None], cols] for values in self._decoded())
+        return Pixels(data_CHW, valid_HW, everything, self.georeference)
 
     def sample(self) -> NDArray[np.float32]:
         """Valid values of all bands in a few small windows that are spread over the raster."""
@@ -175,10 +195,15 @@ class Raster:
             self._whole = self._read(self.dataset, everything)
         return self._whole
 
-    def _read(self, level: Any, window: Window) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+    def _read(
+        self, level: Any, window: Window, shape: tuple[int, int] | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+        """Bands and validity of a window, brought to ``shape`` (rows, columns) where it is given."""
+        shape = shape or (window.height, window.width)
         part = RasterioWindow(window.col, window.row, window.width, window.height)
+        resampling = Resampling.nearest if self.indexed else Resampling.average  # which matters where shapes differ
         with foreign_errors(self.name):
-            raw_CHW = level.read(self._bands, window=part)
+            raw_CHW = level.read(self._bands, window=part, out_shape=(len(self._bands), *shape), resampling=resampling)
             valid_HW = self._validity(level, raw_CHW, part)
         return self._values(raw_CHW), valid_HW
 
@@ -189,9 +214,9 @@ class Raster:
         if MaskFlags.nodata in flags:
             valid &= ~_equals(raw_CHW, level.nodata).all(axis=0)
         elif MaskFlags.all_valid not in flags and (self._alpha is not None or MaskFlags.alpha not in flags):
-            valid &= level.read_masks(self._bands[0], window=part) > 127
+            valid &= level.read_masks(self._bands[0], window=part, out_shape=raw_CHW.shape[1:]) > 127
         if self._alpha is not None and MaskFlags.alpha not in flags:
-            valid &= level.read(self._alpha, window=part) > 0
+            valid &= level.read(self._alpha, window=part, out_shape=raw_CHW.shape[1:]) > 0
         if np.issubdtype(raw_CHW.dtype, np.inexact):
             valid &= np.isfinite(raw_CHW).all(axis=0)
         return valid.astype(np.uint8)
@@ -229,11 +254,21 @@ def open_raster(path: str, name: str | None = None) -> Iterator[Raster]:
             with foreign_errors(name), warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)
                 dataset = stack.enter_context(rasterio.open(path))
+                _forget_complaints(dataset)
                 levels = tuple(int(d) for d in dataset.overviews(1)) if dataset.count else ()
                 raster = describe(name, dataset, levels, lambda d: _open_overview(path, levels.index(d)))
             _check_whole(path, dataset.driver)
             stack.callback(raster.close)
             yield raster
+
+
+def _forget_complaints(dataset: Any) -> None:
+    """GDAL keeps what it did not like on opening, as XMP that is not well-formed, for the next call to trip over."""
+    try:
+        dataset.colorinterp  # noqa: B018
+    except Exception as exc:
+        if "CPLE" not in type(exc).__name__:
+            raise
 
 
 def _check_whole(path: str, driver: str) -> None:
@@ -267,6 +302,7 @@ def describe(name: str, dataset: Any, overviews: tuple[int, ...], open_overview:
         raise InputError(f"{name}: holds no bands (its subdatasets may)", fix="name one: gdalinfo lists them")
     with foreign_errors(name):
         roles, notes = band_roles(dataset)
+        where, place_notes = place(dataset)
     bands = tuple(i + 1 for i, role in enumerate(roles) if role not in ("alpha", "unknown"))
     if not bands:
         raise InputError(
@@ -282,14 +318,27 @@ def describe(name: str, dataset: Any, overviews: tuple[int, ...], open_overview:
     if colours is not None:
         dtype, read_roles, bands, scaled = np.dtype(np.uint8), ("red", "green", "blue"), (1,), False
     raster = Raster(
-        name, dataset, georeference(dataset), dtype, source_dtype, read_roles, (), open_overview, bands,
-        notes=notes,
+        name, dataset, where, dtype, source_dtype, read_roles, (), open_overview, bands,
+        notes=notes + place_notes,
+        approximate=bool(where.crs_wkt and place_notes),
         _alpha=roles.index("alpha") + 1 if "alpha" in roles else None,
         _palette=colours,
         _scaling=tuple((dataset.scales[b - 1], dataset.offsets[b - 1]) for b in bands) if scaled else None,
     )  # fmt: skip
     raster.overviews = overviews if raster.windowed else ()
     return raster
+
+
+def place(dataset: Any) -> tuple[Georeference, tuple[str, ...]]:
+    """Where a dataset lies, and what the user should know of that: by its own coordinates, else by what comes near."""
+    own = georeference(dataset)
+    if own.transform is not None or own.gcps:
+        return own, ()
+    for approximate in (place_by_polynomials, place_by_flight):
+        found, notes = approximate(dataset)
+        if found or notes:
+            return found or own, notes
+    return own, ()
 
 
 def georeference(dataset: Any) -> Georeference:

@@ -117,6 +117,8 @@ def _profile(georeference: Georeference, nodata: int) -> dict[str, Any]:
         "nodata": nodata, "tiled": True, "blockxsize": BLOCK_PX, "blockysize": BLOCK_PX, "compress": "deflate",
         "bigtiff": "if_safer",
     }  # fmt: skip
+    if georeference.rpcs is not None:
+        return profile | {"rpcs": georeference.rpcs}  # which are of WGS 84 by definition
     if georeference.crs_wkt is not None:
         profile["crs"] = CRS.from_wkt(georeference.crs_wkt)
     if georeference.transform is not None:
