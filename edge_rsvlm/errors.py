@@ -3,6 +3,7 @@
     EdgeRsvlmError
     |-- UsageError       exit 2   the command or a config file is wrong
     |-- InputError       exit 3   one input cannot be used; the others go on
+    |-- DeliveryError    exit 3   a receiver did not take an alert; ``retry`` says whether it may later
     |-- BudgetError      exit 4   does not fit the memory budget
     `-- BundleError      exit 5   the bundle is missing, corrupt or untrusted
 
@@ -31,6 +32,14 @@ class UsageError(EdgeRsvlmError):
 
 class InputError(EdgeRsvlmError):
     exit_code = 3
+
+
+class DeliveryError(EdgeRsvlmError):
+    exit_code = 3
+
+    def __init__(self, message: str, *, fix: str, retry: bool) -> None:
+        super().__init__(message, fix=fix)
+        self.retry = retry
 
 
 class BudgetError(EdgeRsvlmError):

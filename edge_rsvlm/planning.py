@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edge_rsvlm.budget import Demand, MemoryPlan
+from edge_rsvlm.budget import Demand, MemoryPlan, joined
 from edge_rsvlm.config.task_specs import AnswerTask
 from edge_rsvlm.errors import BudgetError
 from edge_rsvlm.pipeline.ask import read_features
@@ -37,10 +37,11 @@ def plan_image(session: Session, path: str, verb: str) -> TaskPlan:
 
 
 def plan_pair(session: Session, before: str, after: str) -> TaskPlan:
-    """The plan of ``change`` over one pair."""
+    """The plan of ``change`` over one pair, with the evidence of each change and its crops."""
     with open_raster(after) as later, open_aligned(before, later) as earlier:
         view, needs = session.change_demand(earlier, later)
-        return _admit(session, needs, _scale(view))
+        plans, _, _ = session.evident(needs, view, crops=True)
+        return _admit(session, joined(plans), _scale(view))
 
 
 def _scale(view: View) -> str:

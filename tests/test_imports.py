@@ -14,15 +14,15 @@ import edge_rsvlm
 ROOT = Path(edge_rsvlm.__file__).parent
 FOUNDATION = {"errors", "types"}
 FACTS = FOUNDATION | {"config", "profiles", "geo", "scoring"}
-STAGES = ("raster", "tiles", "engines", "tasks", "merge", "sinks", "budget", "report", "bundle")
+STAGES = ("raster", "tiles", "engines", "tasks", "merge", "sinks", "budget", "report", "bundle", "alerts")
 BELOW_VERBS = FACTS | {*STAGES, "pipeline"}
 ALLOWED = (
     {"errors": set(), "types": set()}
     | dict.fromkeys(("config", "profiles", "geo", "scoring"), FOUNDATION)
     | dict.fromkeys(STAGES, FACTS)
     | {"pipeline": FACTS | set(STAGES)}
-    | dict.fromkeys(("evaluate", "verify", "planning", "doctor", "demonstrate"), BELOW_VERBS)
-    | {"cli": BELOW_VERBS | {"evaluate", "verify", "planning", "doctor", "demonstrate", "cli", "export"}}
+    | dict.fromkeys(("evaluate", "verify", "planning", "doctor", "demonstrate", "watch"), BELOW_VERBS)
+    | {"cli": BELOW_VERBS | {"evaluate", "verify", "planning", "doctor", "demonstrate", "watch", "cli", "export"}}
 )
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 

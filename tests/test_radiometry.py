@@ -10,6 +10,7 @@ from edge_rsvlm.pipeline.outcome import Outcome
 from edge_rsvlm.pipeline.scaling import scalings
 from edge_rsvlm.raster.radiometry import GAIN_RANGE, LEAST_PIXELS, Samples, matched, sample_both
 from edge_rsvlm.raster.reader import open_raster
+from edge_rsvlm.raster.shift import Shift
 from edge_rsvlm.tiles import ABSENT
 from tests.fakes import parsed
 from tests.scenes import UTM, write
@@ -39,6 +40,30 @@ def test_a_scene_against_itself_is_left_alone():
     values = np.random.default_rng(0).uniform(0, 255, (5000, 3)).astype(np.float32)
     gain, offset = matched(Samples(values, values))
     assert (gain == 1).all() and np.abs(offset).max() < 1e-9
+
+
+def test_what_changed_clouds_and_saturation_do_not_steer_it():
+    """A third of the ground changed, a tenth is under cloud, and the brightest was clipped."""
+    rng = np.random.default_rng(3)
+    before = rng.normal(100, 20, (20_000, 3))
+    after = before * (1.4, 0.8, 1.1) + (10, 20, -15) + rng.normal(0, 2, before.shape)
+    after[:6000] = rng.normal(60, 30, (6000, 3))
+    after[6000:8000] = 250
+    gain, offset = matched(Samples(before.astype(np.float32), np.clip(after, 0, 170).astype(np.float32)))
+    np.testing.assert_allclose(gain, (1.4, 0.8, 1.1), rtol=0.03)
+    np.testing.assert_allclose(before.mean(axis=0) * gain + offset, (150, 100, 95), atol=1.5)
+
+
+def test_samples_are_taken_where_both_dates_show_the_same_ground(tmp_path):
+    ground = scene(1, 600, 700)
+    before, after = ground[:, 20:520, 20:620], ground[:, 15:515, 23:623]
+    paths = [str(write(tmp_path / f"{i}.tif", image, **UTM)) for i, image in enumerate((before, after))]
+    with open_raster(paths[0]) as a, open_raster(paths[1]) as b:
+        samples = sample_both(a, b, [0], [0], Shift((3.2, 0.0, 0.0), (-4.9, 0.0, 0.0)))
+        apart = sample_both(a, b, [0], [0])
+    np.testing.assert_array_equal(samples.before_NC, samples.after_NC)
+    assert 0.9 * len(apart.after_NC) < len(samples.after_NC) < len(apart.after_NC)
+    assert (apart.before_NC != apart.after_NC).mean() > 0.9
 
 
 def test_too_little_or_too_much_is_not_believed():

@@ -10,8 +10,8 @@ import click
 from edge_rsvlm import __version__
 
 VERBS = (
-    "demo", "caption", "ask", "ground", "detect", "classify", "segment", "change", "index", "search", "run",
-    "plan", "doctor", "profiles", "verify", "keys", "eval", "engine", "export",
+    "demo", "caption", "ask", "ground", "detect", "classify", "segment", "change", "rules", "index", "search",
+    "run", "watch", "downlink", "plan", "doctor", "profiles", "verify", "keys", "eval", "engine", "export",
 )  # fmt: skip
 
 

@@ -235,6 +235,10 @@ class ExitCode:
             click.echo(f"error: {text if name in text else f'{name}: {text}'}", err=True)
             self._seen.add(exc.exit_code)
 
+    def add(self, exit_code: int) -> None:
+        """Something else happened that was reported."""
+        self._seen.add(exit_code)
+
     def partial(self, name: str, coverage: float) -> None:
         click.echo(f"{name}: deadline reached, {coverage:.1%} of the valid area was processed", err=True)
         self._seen.add(6)

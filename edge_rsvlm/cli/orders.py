@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from edge_rsvlm.config.rules import Rules
 from edge_rsvlm.config.task_specs import AnswerTask
 from edge_rsvlm.pipeline import requests
-from edge_rsvlm.pipeline.change import MaskRows
+from edge_rsvlm.pipeline.alerting import Comparison, compare, scene_time
+from edge_rsvlm.pipeline.change import ChangeOutcome, MaskRows
 from edge_rsvlm.pipeline.detect import DetectQuery
 from edge_rsvlm.pipeline.outcome import Emit, Outcome, Progress
 from edge_rsvlm.pipeline.requests import Request
@@ -19,10 +21,13 @@ from edge_rsvlm.pipeline.session import Session, georeference
 from edge_rsvlm.raster.inputs import Source
 from edge_rsvlm.sinks.mask import MaskWriter
 from edge_rsvlm.tasks.generate import Sampling
+from edge_rsvlm.types import Alert
 
 NOTHING_VALID = "no valid pixel"
 MOST_LABELS = 5
 """Classes on a line for people."""
+MOST_ALERTS = 5
+"""Told below the line."""
 O = TypeVar("O", bound=Outcome)  # noqa: E741 - an outcome
 Counts = Mapping[str, int]
 """Results by label."""
@@ -148,9 +153,46 @@ def segment(
     )
 
 
-def change(session: Session, before: Source, after: Source, geojson: Path | None, mask: Path | None) -> Order[Any]:
-    def work(emit: Emit, files: ExitStack, progress: Progress | None) -> Any:
-        return session.change(before.path, after.path, emit, _mask_rows(mask, after, files), progress)
+def change(
+    session: Session,
+    before: Source,
+    after: Source,
+    geojson: Path | None,
+    mask: Path | None,
+    rules: Rules | None = None,
+    crops: Path | None = None,
+) -> Order[ChangeOutcome]:
+    """Two dates, with the evidence of each change, and alerts by ``rules``; pictures go to the folder ``crops``."""
+    found: list[Comparison] = []
+
+    def work(emit: Emit, files: ExitStack, progress: Progress | None) -> ChangeOutcome:
+        rows = _mask_rows(mask, after, files)
+        when = scene_time(after) if rules else ""
+        found.append(
+            compare(
+                session,
+                before,
+                after,
+                emit,
+                rules=rules,
+                tracks=None,
+                when=when,
+                crops=crops,
+                mask_rows=rows,
+                progress=progress,
+            )
+        )
+        return found[0].outcome
+
+    def tail(outcome: ChangeOutcome) -> Mapping[str, Any]:
+        alerts = [alert_record(alert) for alert in found[0].alerts]
+        return {"changed_fraction": round(outcome.changed_fraction, 6), "alerts": alerts, **_waiting(found[0])}
+
+    def text(outcome: ChangeOutcome, count: int, _: Counts) -> str:
+        said = f"{_counted(count, 'change')}, {outcome.changed_fraction:.2%} of the valid area"
+        alerts = found[0].alerts
+        shown = [f"\n  {alert.rule}: {alert.sentence}" for alert in alerts[:MOST_ALERTS]]
+        return f"{said}, {_counted(len(alerts), 'alert')}{''.join(shown)}" if rules else said
 
     return Order(
         "change",
@@ -159,12 +201,35 @@ def change(session: Session, before: Source, after: Source, geojson: Path | None
         "changes",
         after.path,
         geojson,
-        tail=lambda outcome: {"changed_fraction": round(outcome.changed_fraction, 6)},
-        text=lambda outcome, count, _: (
-            f"{count} change{'' if count == 1 else 's'}, {outcome.changed_fraction:.2%} of the valid area"
-        ),
+        tail=tail,
+        text=text,
         work=work,
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def alert_record(alert: Alert) -> dict[str, Any]:
+    """As in ``--json``: its change is among the changes, by its id."""
+    crops = {"crops": list(alert.crops)} if alert.crops else {}
+    return {
+        "id": alert.id,
+        "rule": alert.rule,
+        "time": alert.time,
+        "score": alert.score,
+        "sentence": alert.sentence,
+        "geometry": alert.geometry,
+        "change": alert.record["id"],
+        **crops,
+    }
+
+
+def _waiting(found: Comparison) -> dict[str, Any]:
+    """What met a rule and was not told."""
+    counts = {"held_back": found.held_back, "pending": found.pending, "silenced": found.silenced}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _mask_rows(mask: Path | None, source: Source, files: ExitStack, labels: Sequence[str] = ()) -> MaskRows | None:

@@ -14,6 +14,7 @@ from edge_rsvlm.cli import VERBS, cli
 WIDTH = 100
 FILES = {
     "run": "edge_rsvlm.config.job",
+    "change --rule": "edge_rsvlm.config.rules",
     "export run": "edge_rsvlm.export.recipe",
     "export finetune": "edge_rsvlm.export.finetuning.recipe",
     "export distill": "edge_rsvlm.export.distilling.recipe",

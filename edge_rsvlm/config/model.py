@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from edge_rsvlm.errors import EdgeRsvlmError
 
 M = TypeVar("M", bound="Model")
+Keys = tuple[str | int, ...]
 LONGEST_SHOWN = 80
 _QUOTE = "'"
 
@@ -19,13 +20,19 @@ class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def parse(model: type[M], data: Any, what: str, error: type[EdgeRsvlmError]) -> M:
-    """``data`` as ``model``; raises ``error`` naming the first wrong key of ``what`` and the nearest known one."""
+def parse(
+    model: type[M], data: Any, what: str, error: type[EdgeRsvlmError], where: Callable[[Keys], str] = lambda _: ""
+) -> M:
+    """``data`` as ``model``; raises ``error`` naming the first wrong key of ``what`` and the nearest known one.
+
+    ``where`` says of keys, from the document down, where they stand: it comes after ``what``.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as exc:
         message, fix = next(_mistakes(model, exc))
-        raise error(f"{what}: {message}", fix=fix) from exc
+        keys = exc.errors(include_url=False, include_input=False)[0]["loc"]
+        raise error(f"{what}{where(keys)}: {message}", fix=fix) from exc
 
 
 def mistakes(model: type[Model], data: Any, most: int) -> list[tuple[str, str]]:
@@ -81,7 +88,8 @@ def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     for part in path:
         here = [below for annotation in here for below in _step(annotation, part)]
     models = [leaf for annotation in here for leaf in _leaves(annotation) if _is_model(leaf)]
-    return list(dict.fromkeys(name for found in models for name in found.model_fields))
+    fields = [(name, field) for found in models for name, field in found.model_fields.items()]
+    return list(dict.fromkeys(field.alias or name for name, field in fields))
 
 
 def _step(annotation: Any, part: Any) -> Iterator[Any]:

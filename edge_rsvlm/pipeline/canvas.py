@@ -58,6 +58,7 @@ class Part:
     """Raster pixels from (col, row) on whose centres one tile owns.
 
     ``x_W`` and ``y_H`` are their centres on the map of the tile's cells, whose integers are the cells' centres.
+    ``valid_HW`` and ``flaw_HW`` are as of the tiles.
     """
 
     col: int
@@ -65,6 +66,7 @@ class Part:
     x_W: NDArray[np.float64]
     y_H: NDArray[np.float64]
     valid_HW: NDArray[np.uint8]
+    flaw_HW: NDArray[np.uint8] | None
 
 
 def owned_parts(tiles: TileBatch, n: int, view: View, stride: int, most_px: int) -> Iterator[Part]:
@@ -83,7 +85,9 @@ def owned_parts(tiles: TileBatch, n: int, view: View, stride: int, most_px: int)
     step = max(most_px // len(cols), 1)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        yield Part(col0, row0 + start, x_W, y_H[part], tiles.valid_HW[np.ix_(read_rows[part], read_cols)])
+        at = np.ix_(read_rows[part], read_cols)
+        flaw_HW = None if tiles.flaw_HW is None else tiles.flaw_HW[at]
+        yield Part(col0, row0 + start, x_W, y_H[part], tiles.valid_HW[at], flaw_HW)
 
 
 def sample(map_hw: NDArray[np.float32], x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float32]:

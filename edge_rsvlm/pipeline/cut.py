@@ -40,6 +40,22 @@ class Cut:
         return np.concatenate([image.pixels_KCHW for image in chosen])
 
 
+def share_validity(cuts: Sequence[Cut], spec: InputSpec) -> None:
+    """What is not valid in one date of a tile is made so in every date, in place: an edge of data is no change.
+
+    Where the model is told of validity; N tiles of each date alike.
+    """
+    if "validity" not in spec.bands or spec.prepare:
+        return
+    channel = spec.bands.index("validity")
+    for images in zip(*(date.images for date in cuts), strict=True):
+        valid = [image.pixels_KCHW[:, channel : channel + 1] for image in images]
+        joint_K1HW = np.minimum.reduce(valid)
+        for image, own in zip(images, valid, strict=True):
+            if not np.array_equal(own, joint_K1HW):
+                np.multiply(image.pixels_KCHW, joint_K1HW, out=image.pixels_KCHW)
+
+
 def extent_xy(image: Prepared) -> tuple[int, int]:
     """(width, height) in pixels of what the model sees of an image, all its views but the overview together."""
     height, width = image.pixels_KCHW.shape[2:]

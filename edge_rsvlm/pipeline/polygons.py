@@ -47,7 +47,7 @@ class RegionRecords:
     def _release(self, regions: list[Region]) -> None:
         for region in regions:
             pieces = region.polygons
-            area = _total([area_m2(rings, self._mapper) for rings in pieces])
+            area = total([area_m2(rings, self._mapper) for rings in pieces])
             if area is not None and area < self._min_area_m2:
                 continue
             record = {
@@ -55,9 +55,9 @@ class RegionRecords:
                 "score": round(float(region.score), 4),
                 "area_m2": None if area is None else round(area, 1),
                 "area_px": int(region.area_px),
-                "polygon": _joined([feature_geometry(rings, PIXELS) for rings in pieces]),
+                "polygon": joined([feature_geometry(rings, PIXELS) for rings in pieces]),
             }
-            self._emit(record, _joined([feature_geometry(rings, self._mapper) for rings in pieces]))
+            self._emit(record, joined([feature_geometry(rings, self._mapper) for rings in pieces]))
 
 
 def strips(first: int, planes_PHW: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
@@ -68,12 +68,12 @@ def strips(first: int, planes_PHW: NDArray[np.uint8]) -> Iterator[tuple[int, NDA
         yield first + start, planes_PHW[:, start : start + step]
 
 
-def _total(areas: list[float | None]) -> float | None:
+def total(areas: list[float | None]) -> float | None:
     known = [area for area in areas if area is not None]
     return sum(known) if len(known) == len(areas) else None
 
 
-def _joined(geometries: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+def joined(geometries: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     """One Polygon, or a MultiPolygon of all parts; None when no part has a place."""
     parts: list[Any] = []
     for geometry in geometries:

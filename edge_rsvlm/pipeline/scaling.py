@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_rsvlm.config.inputs import InputSpec, PerChannel, SourceDtype
 from edge_rsvlm.errors import BundleError, InputError
+from edge_rsvlm.geo import metres_per_pixel
 from edge_rsvlm.pipeline.outcome import Outcome
+from edge_rsvlm.raster.flaws import TWICE_WHITE, Flaws, Optics
 from edge_rsvlm.raster.radiometry import matched, sample_both
 from edge_rsvlm.raster.reader import Raster
+from edge_rsvlm.raster.shift import STILL, Shift
 from edge_rsvlm.tiles import ABSENT, VALIDITY
 
+COLOURS = ("blue", "green", "red", "nir")
 FLOAT_MOST = 2.0
 """Reflectance exceeds 1 on snow, clouds and glint, and no 8-bit image is as dark as this."""
 
@@ -27,8 +32,8 @@ class Scaling:
     bias: tuple[float, ...]
 
 
-def scalings(spec: InputSpec, rasters: Sequence[Raster], outcome: Outcome) -> list[Scaling]:
-    """How each date is scaled, for the whole scene.
+def scalings(spec: InputSpec, rasters: Sequence[Raster], outcome: Outcome, shift: Shift = STILL) -> list[Scaling]:
+    """How each date is scaled, for the whole scene; ``shift`` is that of the first of two, in raster pixels.
 
     Of two dates the earlier is brought to the radiometry of the later; a band that only one has is left out of both.
     """
@@ -40,10 +45,36 @@ def scalings(spec: InputSpec, rasters: Sequence[Raster], outcome: Outcome) -> li
     found = [_scaling(spec, lookups[-1], linear, latest)]
     if len(rasters) == 2:
         bands = [[lookup[role] for role in shared] for lookup in lookups]
-        gain, offset = matched(sample_both(rasters[0], rasters[1], bands[0], bands[1]))
+        gain, offset = matched(sample_both(rasters[0], rasters[1], bands[0], bands[1], shift))
         linear = {role: (float(g), float(o)) for role, g, o in zip(shared, gain, offset, strict=True)}
         found.insert(0, _scaling(spec, lookups[0], linear, latest))
     return found
+
+
+def find_flaws(
+    spec: InputSpec, rasters: Sequence[Raster], to_raster_xy: NDArray[np.float64], outcome: Outcome
+) -> Flaws:
+    """What looks for flaws in two dates, whose read pixels are ``to_raster_xy`` raster pixels wide and high."""
+    before, after = (_optics(spec, raster, outcome) for raster in rasters)
+    metres = metres_per_pixel(rasters[-1].georeference)
+    read_m = None if metres is None else (float(metres[0] * to_raster_xy[0]), float(metres[1] * to_raster_xy[1]))
+    return Flaws(before, after, read_m)
+
+
+def _optics(spec: InputSpec, raster: Raster, outcome: Outcome) -> Optics:
+    """Values are reflectance where they are neither 8 bits nor look like it, and the spec knows what reflectance is."""
+    bands = role_bands(raster)
+    visible = tuple(sorted({bands[role] for role in ("blue", "green", "red") if role in bands}))
+    low, high = radiometry(spec, raster, outcome)
+    dark_bright = spec.ranges.get("float32")
+    stretched = raster.dtype == np.uint8 or (low, high) == spec.ranges.get("uint8")
+    most = float(np.iinfo(raster.dtype).max) if raster.dtype.kind == "u" else 255.0 if stretched else np.inf
+    if stretched or dark_bright is None:
+        return Optics(visible, None, most)
+    gain = (dark_bright[1] - dark_bright[0]) / (high - low)
+    offset = dark_bright[0] - low * gain
+    colours = tuple(bands[role] for role in COLOURS) if all(role in bands for role in COLOURS) else None
+    return Optics(visible, colours, min(most, (TWICE_WHITE - offset) / gain), gain, offset)
 
 
 def _scaling(

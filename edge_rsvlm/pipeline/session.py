@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 from edge_rsvlm.budget import Demand, MemoryPlan, joined, plan_memory, process_bytes
 from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.task_specs import AnswerTask, Tasks
-from edge_rsvlm.errors import InputError
+from edge_rsvlm.errors import BudgetError, InputError
 from edge_rsvlm.pipeline.adapters import adapter_bytes, adapter_of
 from edge_rsvlm.pipeline.ask import AskOutcome, ask_features, read_features
 from edge_rsvlm.pipeline.caption import CaptionOutcome
-from edge_rsvlm.pipeline.change import ChangeOutcome, MaskRows, change
+from edge_rsvlm.pipeline.change import ChangeOutcome, MaskRows, change, registered
 from edge_rsvlm.pipeline.classify import ClassifyOutcome
 from edge_rsvlm.pipeline.consume import run_over
 from edge_rsvlm.pipeline.detect import DetectQuery
 from edge_rsvlm.pipeline.embed import EmbedOutcome, EmitVector
+from edge_rsvlm.pipeline.evidence import Evidence, Wanted, demands, label_views
 from edge_rsvlm.pipeline.examples import Box, embed_examples, example_task
 from edge_rsvlm.pipeline.outcome import Deadline, Emit, Outcome, Progress
 from edge_rsvlm.pipeline.requests import (
@@ -232,14 +233,45 @@ class Session:
             vector_D: NDArray[np.float32] = runtime.matcher("search", task).texts([text])[0]
             return vector_D
 
+    def evident(self, needs: Demand, view: View, *, crops: bool) -> tuple[list[Demand], tuple[View, ...], list[str]]:
+        """Change with the evidence of each change: what it takes, how the segment task sees both dates, and warnings.
+
+        Where the labels do not fit into memory beside the rest they are left out, which a warning says.
+        """
+        labelled = label_views(self.bundle, view)
+        found = demands(needs, self.bundle, labelled, crops=crops)
+        try:
+            self.admit(joined(found))
+        except BudgetError as exc:
+            note = f"what the ground was and is stays unknown: {exc}"
+            return demands(needs, self.bundle, (), crops=crops), (), [note]
+        return found, labelled, []
+
     def change(
-        self, before: str, after: str, emit: Emit, mask_rows: MaskRows | None = None, progress: Progress | None = None
+        self,
+        before: str,
+        after: str,
+        emit: Emit,
+        mask_rows: MaskRows | None = None,
+        progress: Progress | None = None,
+        wanted: Wanted | None = None,
     ) -> ChangeOutcome:
+        """Changes, with their evidence where it is ``wanted``; see ``pipeline.change``."""
         task = change_task(self.bundle.manifest)
         with open_raster(after) as later, open_aligned(before, later) as earlier:
             view, needs = self.change_demand(earlier, later)
-            with self._pace(needs, progress=progress) as (runtime, pace):
-                return change(runtime, task, view, pace, emit, mask_rows)
+            plans, labelled, notes = [needs], tuple[View, ...](), list[str]()
+            if wanted is not None:
+                plans, labelled, notes = self.evident(needs, view, crops=wanted.crops is not None)
+            with self._pace(*plans, progress=progress) as (runtime, pace):
+                outcome = ChangeOutcome(warnings=notes)
+                view = registered(view, outcome)
+                if wanted is None:
+                    return change(runtime, task, view, pace, emit, mask_rows, outcome)
+                evidence = Evidence(runtime, view, labelled, wanted, pace, self.limits.deadline_s)
+                change(runtime, task, view, pace, evidence.added_to(emit), mask_rows, outcome)
+                evidence.account(outcome)
+                return outcome
 
 
 def features_demand(task: AnswerTask, feature_bytes: int) -> Demand:

@@ -15,17 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm.config.inputs import InputSpec
-from edge_rsvlm.pipeline.cut import Cut, cut
+from edge_rsvlm.config.prepare import Filter
+from edge_rsvlm.pipeline.cut import Cut, cut, share_validity
+from edge_rsvlm.pipeline.dates import Read, read_window
 from edge_rsvlm.pipeline.outcome import Deadline, Outcome, Progress
 from edge_rsvlm.pipeline.prefetch import prefetch
 from edge_rsvlm.pipeline.runtime import Pace
-from edge_rsvlm.pipeline.scaling import scalings
+from edge_rsvlm.pipeline.scaling import Scaling, scalings
+from edge_rsvlm.raster.flaws import Flaws
+from edge_rsvlm.raster.moved import moved_boxes
 from edge_rsvlm.raster.plan import TileGrid, super_tiles
 from edge_rsvlm.raster.reader import Raster
+from edge_rsvlm.raster.shift import STILL, Shift
 from edge_rsvlm.tiles.reference import REACH_PX
-from edge_rsvlm.types import Pixels, Window
+from edge_rsvlm.types import Window
 
 BATCHES_AHEAD = 2
+SHARP: Filter = "lanczos3"
+"""Bilinear interpolation between native pixels blurs, and a blurred date seems changed beside a sharp one."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,8 @@ class TileBatch:
 
     ``dates`` has one cut per date. ``boxes_N4`` and ``cores_N4`` are raster pixels: what a tile sees and what it
     owns; cores partition the raster. No later batch has a tile that begins above ``frontier_row``.
-    ``valid_HW`` marks the read pixels of ``window`` that are valid in every date.
+    ``valid_HW`` marks the read pixels of ``window`` that can be compared in every date; ``flaw_HW`` says why others
+    cannot that are valid (``edge_rsvlm.raster.flaws``), where that was looked for.
     """
 
     dates: tuple[Cut, ...]
@@ -44,6 +52,7 @@ class TileBatch:
     frontier_row: float
     valid_HW: NDArray[np.uint8]
     window: Window
+    flaw_HW: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.boxes_N4)
@@ -94,6 +103,10 @@ class View:
     """The whole raster is one tile."""
     warnings: tuple[str, ...] = ()
     """What the user should know of how the raster is looked at."""
+    shift: Shift = STILL
+    """Where the first of two dates shows what the last one does, in raster pixels."""
+    flaws: Flaws | None = None
+    """What looks for pixels of two dates that cannot be compared."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -116,6 +129,11 @@ class View:
         """Raster pixels per read pixel."""
         return np.array(self.size, np.float64) / self.read_size
 
+    @property
+    def read_shift(self) -> Shift:
+        """The shift in read pixels."""
+        return self.shift.in_units_of(*self.to_raster_xy)
+
     def grid(self) -> TileGrid:
         width, height = self.read_size
         if self.whole:
@@ -129,38 +147,65 @@ class View:
 def tile_batches(view: View, *, batch: int, read_pixels: int, threads: int, outcome: Outcome) -> Iterator[TileBatch]:
     """All tiles of ``view`` in raster order of super-tiles, ``batch`` at most at a time."""
     with outcome.clock("read"):
-        scales = scalings(view.spec, view.rasters, outcome)
-    grid, to_raster = view.grid(), np.tile(view.to_raster_xy, 2)
+        scales = scalings(view.spec, view.rasters, outcome, view.shift)
+    grid, to_raster, shift = view.grid(), np.tile(view.to_raster_xy, 2), view.read_shift
     plan = list(super_tiles(grid, view.rasters[0].block_hw, read_pixels))
     order = np.array([i for part in plan for i in part.tiles])
     tops = np.array([grid.box(int(i))[1] for i in order])
     # frontier[k]: the top of the highest tile at position k or later.
     frontier = np.append(np.minimum.accumulate(tops[::-1])[::-1], np.inf) * view.to_raster_xy[1]
     done = 0
-    dates: list[Pixels] = []
+    read: Read | None = None
     for part in plan:
-        dates.clear()  # two windows at once are more than the plan counts
+        read = None  # two windows at once are more than the plan counts
         with outcome.clock("read"):
-            dates = [raster.read(part.window, view.decimation) for raster in view.rasters]
-        valid_HW = np.minimum.reduce([pixels.valid_HW for pixels in dates])
+            read = read_window(view.rasters, part.window, view.decimation, shift, view.flaws)
         for chosen in _chunks(part.tiles, batch):
             boxes = np.array([grid.box(i) for i in chosen], np.float64)
             cores = np.array([grid.core(i) for i in chosen], np.float64)
             with outcome.clock("tiles"):
-                cuts = [
-                    cut(pixels, view.spec, view.cut_hw, view.read_size, boxes, scaling, threads)
-                    for pixels, scaling in zip(dates, scales, strict=True)
-                ]
+                cuts = _cuts(view, read, scales, boxes, moved_boxes(boxes, shift, view.read_size), threads)
             done += len(chosen)
             yield TileBatch(
-                tuple(cuts),
+                cuts,
                 boxes * to_raster,
                 cores * to_raster,
                 np.minimum.reduce([made.valid_fraction_N for made in cuts]),
                 float(frontier[done]),
-                valid_HW,
-                part.window,
+                read.valid_HW,
+                read.window,
+                read.flaw_HW,
             )
+
+
+def _cuts(
+    view: View,
+    read: Read,
+    scales: Sequence[Scaling],
+    boxes_N4: NDArray[np.float64],
+    moved_N4: NDArray[np.float64],
+    threads: int,
+) -> tuple[Cut, ...]:
+    """The same tiles of each date: of two the earlier is cut at ``moved_N4``."""
+    boxes = (moved_N4, boxes_N4)[-len(read.dates) :]
+    specs = (_moved_spec(view), view.spec)[-len(read.dates) :]
+    cuts = tuple(
+        cut(pixels, spec, view.cut_hw, view.read_size, places_N4, scaling, threads)
+        for pixels, spec, places_N4, scaling in zip(read.dates, specs, boxes, scales, strict=True)
+    )
+    share_validity(cuts, view.spec)
+    return cuts
+
+
+def _moved_spec(view: View) -> InputSpec:
+    """How a date is cut that is moved by a part of a pixel.
+
+    Where tile pixels are read pixels the other date is not resampled at all, and must not be alone in being sharp.
+    """
+    native = view.grid().scale_xy == (1.0, 1.0) and not view.spec.prepare
+    if not (view.shift.corrected and native):
+        return view.spec
+    return view.spec.model_copy(update={"resampling": SHARP})
 
 
 @contextmanager

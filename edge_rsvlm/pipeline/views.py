@@ -9,18 +9,25 @@ from edge_rsvlm.config.inputs import InputSpec
 from edge_rsvlm.config.task_specs import ChangeTask, GenerateTask, GgufDecoder, SegmentTask
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.geo import PixelMapper, metres_per_pixel
+from edge_rsvlm.pipeline.outcome import Outcome
 from edge_rsvlm.pipeline.runtime import AnyTask
+from edge_rsvlm.pipeline.scaling import find_flaws
 from edge_rsvlm.pipeline.segment import MOST_LABELS
 from edge_rsvlm.pipeline.shapes import Shape, prepared_shape
 from edge_rsvlm.pipeline.stream import View
+from edge_rsvlm.raster.flaws import WORK_BYTES
+from edge_rsvlm.raster.moved import SPARE_PX
 from edge_rsvlm.raster.plan import choose_scale
 from edge_rsvlm.raster.reader import Raster
+from edge_rsvlm.raster.registration import MOST_MOVED_PX
 
 BLOCKS_OPEN = 2
 """Decoded blocks that GDAL holds beside its cache: the one being decoded, in the file's layout and in ours."""
 CANVAS_COPIES = 3
 """Of a row of the canvas: as it is, as it grows, and what is computed of it."""
 MUCH_COARSER = 4
+FLAW_BYTES = math.ceil(WORK_BYTES / 4)
+"""Of a pixel of each of two dates, counted twice as the pixels are."""
 F32_BYTES = 4
 PROMPT_TOKENS = 256
 """Room for the words of a prompt in the key-value caches."""
@@ -75,6 +82,7 @@ def demand(verb: str, task: AnyTask, view: View, max_tokens: int | None = None) 
     task's own."""
     raster = view.rasters[0]
     tile_bytes, seen = _tile(view)
+    two_dates = len(view.rasters) == 2
     return Demand(
         verb,
         task.memory,
@@ -83,15 +91,23 @@ def demand(verb: str, task: AnyTask, view: View, max_tokens: int | None = None) 
         tiles=len(view.grid()),
         cache_bytes=cache_bytes(task, seen, max_tokens) if isinstance(task, GenerateTask) else 0,
         # One validity byte per pixel travels with the bands.
-        bytes_per_pixel=len(raster.band_roles) * raster.dtype.itemsize + 1,
+        bytes_per_pixel=len(raster.band_roles) * raster.dtype.itemsize + 1 + (FLAW_BYTES if two_dates else 0),
         scale_xy=view.grid().scale_xy,
         width=view.size[0],
+        margin_xy=_margin_xy(view) if two_dates else (0, 0),
         resident_bytes=sum(BLOCKS_OPEN * r.block_bytes if r.windowed else r.decoded_bytes for r in view.rasters),
         canvas_rows=math.ceil(2 * view.spec.tile_px * view.scale_xy[1]),
         canvas_bytes=CANVAS_COPIES * planes(task),
         map_bytes=map_bytes(task),
         dates=len(view.rasters),
     )
+
+
+def _margin_xy(view: View) -> tuple[int, int]:
+    """What is read beyond a window of two dates: to move one by the shift that is found, and to look for flaws."""
+    x, y = find_flaws(view.spec, view.rasters, view.to_raster_xy, Outcome()).reach_xy()
+    moved = math.ceil(MOST_MOVED_PX) + SPARE_PX
+    return x + moved, y + moved
 
 
 def planes(task: AnyTask) -> int:

@@ -1,0 +1,1 @@
+"""Rules over changes, and what became of places from date to date."""
