@@ -35,9 +35,9 @@ class Demand:
     ``tile_bytes`` is one tile as the model takes it with what preparing it holds, of one date; ``cache_bytes`` are the
     key-value caches of one. ``adapter_bytes`` are factors that are fed whatever the tile. The input has ``tiles``, of
     ``tile_px``. ``scale_xy`` are pixels as read (of the raster or an overview) per tile pixel, ``width`` pixels of the
-    raster. ``resident_bytes`` stay decoded for as long as the input is open. ``canvas_rows`` is how many rows of the
-    raster the results of two rows of tiles cover, at ``canvas_bytes`` per pixel; ``map_bytes`` are the results of one
-    tile before they are there.
+    raster. ``margin_xy`` pixels are read beyond a window on each side. ``resident_bytes`` stay decoded for as long as
+    the input is open. ``canvas_rows`` is how many rows of the raster the results of two rows of tiles cover, at
+    ``canvas_bytes`` per pixel; ``map_bytes`` are the results of one tile before they are there.
     """
 
     task: str
@@ -50,6 +50,7 @@ class Demand:
     bytes_per_pixel: int = 0
     scale_xy: tuple[float, float] = (1.0, 1.0)
     width: int = 1
+    margin_xy: tuple[int, int] = (0, 0)
     resident_bytes: int = 0
     canvas_rows: int = 0
     canvas_bytes: int = 0
@@ -152,12 +153,20 @@ def _plan(demands: Sequence[Demand], base: int, batch: int, read_pixels: int) ->
     return MemoryPlan(tuple(items), batch, read_pixels)
 
 
+def _with_margin(pixels: int, demand: Demand) -> int:
+    """Pixels of a window of ``pixels`` and its margin, when it is as wide and low as windows get: a row of tiles."""
+    side_x, side_y = (demand.tile_px * scale for scale in demand.scale_xy)
+    wide = max(min(pixels / side_y, demand.width), side_x)
+    x, y = demand.margin_xy
+    return pixels + math.ceil(2 * x * pixels / wide + 2 * y * (wide + 2 * x))
+
+
 def _sizes(demand: Demand, batch: int, read_pixels: int) -> dict[str, int]:
     halo_px = max(demand.scale_xy) * 2 + 2
     smallest_read = math.prod(demand.tile_px * scale + halo_px for scale in demand.scale_xy)
     pixels = math.ceil(max(read_pixels, smallest_read))
     # One copy as decoded, one as handed to the tiles, for each date.
-    read_bytes = 2 * pixels * demand.bytes_per_pixel * demand.dates + demand.resident_bytes
+    read_bytes = 2 * _with_margin(pixels, demand) * demand.bytes_per_pixel * demand.dates + demand.resident_bytes
     in_flight = min(batch * TILE_BATCHES_IN_FLIGHT, demand.tiles)
     at_once = min(batch, demand.tiles)
     magnification = demand.canvas_rows / (2 * demand.tile_px * demand.scale_xy[1])

@@ -127,7 +127,9 @@ def demo(tmp_path_factory):
 
 def test_demo_names_what_it_wrote_and_the_page_last(demo):
     folder, run = demo
-    assert (run.exit_code, run.exception, run.stderr) == (0, None, "")
+    assert (run.exit_code, run.exception) == (0, None)
+    # How the dates of a pair lie on each other is said; nothing else is.
+    assert all("the earlier date lay" in line or "could not be checked" in line for line in run.stderr.splitlines())
     named = [Path(line) for line in run.stdout.splitlines() if line.startswith(str(folder))]
     assert named[-1] == folder / "index.html"
     assert set(named) == {path for path in folder.rglob("*") if path.is_file()}
