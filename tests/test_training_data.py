@@ -176,8 +176,37 @@ def test_questions_follow_from_labels_and_classes():
     answers = {q.question: q.answer for q in made(Scene("ucm", "c", "harbor", ("ship", "water"), ()), theme)}
     assert answers[THEME] == "harbor" and answers["Does this picture contain water?"] == "yes"
     assert answers["Does this picture contain an airplane?"] == "no"
-    assert [q.question for q in asked(harbor)] == [THEME], "a question without its thing is left out"
+    assert answers["Does this picture contain boats?"] == "yes", "whatever people call a ship"
+    assert [(q.question, q.names_its_thing) for q in asked(harbor)] == [(THEME, True), ("How many  in it?", False)]
     assert not made(Scene("rsicd", "d", "Port", (), ()), theme)
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [("top left corner", {(0, 0)}), ("left and right", {(1, 0), (1, 2)}),
+     ("left center and right", {(1, 0), (1, 1), (1, 2)}), ("up, center and bottom", {(0, 1), (1, 1), (2, 1)}),
+     ("minor diagonal", {(0, 2), (2, 0)}), ("next to the road", None), ("everywhere", None)],
+)  # fmt: skip
+def test_places_that_answers_name(answer, named):
+    from edge_rsvlm.export.default.data.places import cells
+
+    assert cells(answer) == (None if named is None else frozenset(named))
+
+
+@pytest.mark.parametrize("view", range(8))
+def test_places_turn_with_the_image(view):
+    from edge_rsvlm.export.default.data.places import Turned
+    from edge_rsvlm.export.default.data.views import dihedral_boxes
+
+    corners = {(0, 0): "top left corner", (0, 2): "upper right", (2, 0): "lower left", (2, 2): "lower right"}
+    turned = Turned([*corners.values(), "up and bottom", "left and right"])
+    for (row, column), answer in corners.items():
+        box = np.array([[column, row, column + 1, row + 1]], np.float64)
+        x, y = (int(v) for v in dihedral_boxes(box, 3, view)[0, :2])
+        assert turned(answer, view) == corners[y, x]
+    assert turned("left and right", view) == ("up and bottom" if view % 2 else "left and right")
+    assert turned("everywhere", view) == "everywhere"
+    assert turned("center", view) == ("center" if view == 0 else None), "nobody ever said so"
 
 
 @pytest.mark.parametrize("name", ["noise", "blur", "haze", "jpeg"])

@@ -15,6 +15,7 @@ WIDTH = 100
 FILES = {
     "run": "edge_rsvlm.config.job",
     "change --rule": "edge_rsvlm.config.rules",
+    "watch --sinks": "edge_rsvlm.config.watch",
     "export run": "edge_rsvlm.export.recipe",
     "export finetune": "edge_rsvlm.export.finetuning.recipe",
     "export distill": "edge_rsvlm.export.distilling.recipe",

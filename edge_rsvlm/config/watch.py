@@ -3,18 +3,40 @@
 version = 1
 
 [[sink]]
-type = "webhook"                   # also "geojson", "gpkg", "mqtt", "cot", "cap"
-url = "https://ops.example.org/alerts"
-token_env = "OPS_TOKEN"            # the environment variable that holds the token; never the token itself
+type = "geojson"                   # newline-delimited, grows
+path = "alerts.geojsonl"           # relative to this file
+name = "log"                       # each sink needs a name of its own; by default its type
+order = "score"                    # the most certain first; by default "oldest"
 
 [[sink]]
-type = "mqtt"
-name = "broker"                    # each needs a name of its own; by default its type
+type = "gpkg"                      # GeoPackage
+path = "alerts.gpkg"
+
+[[sink]]
+type = "webhook"                   # each alert is posted as a GeoJSON feature
+url = "https://ops.example.org/alerts"
+token_env = "OPS_TOKEN"            # the environment variable that holds the token; never the token itself
+timeout_s = 30
+
+[[sink]]
+type = "mqtt"                      # version 5, QoS 1; also port, tls = true, username, password_env
 host = "10.0.0.2"
 topic = "alerts/field-3"
-order = "score"                    # the most certain first; by default the oldest
 
-Paths are relative to the file.
+[[sink]]
+type = "cot"                       # Cursor on Target
+host = "239.2.3.1"
+port = 6969
+protocol = "udp"                   # by default "tcp"
+stale_s = 86400                    # how long a map shows the point
+
+[[sink]]
+type = "cap"                       # Common Alerting Protocol 1.2: files in a folder (path), or posted (url)
+path = "cap"
+sender = "uav-3@example.org"
+addresses = "ops@example.org"
+status = "Actual"                  # or Exercise, System, Test, Draft
+category = "Env"                   # as CAP has them; by default "Other"
 """
 
 from __future__ import annotations

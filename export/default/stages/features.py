@@ -99,7 +99,7 @@ def texts(parts: Sequence[tuple[SceneSet, npt.NDArray[np.int64]]]) -> list[str]:
         for i in usable:
             scene = scenes.scenes[int(i)]
             found += [*sentences(scene), *class_words(scene)]
-            found += [text.lower() for q in asked(scene) for text in (q.question, q.answer)]
+            found += [text.lower() for q in asked(scene) if q.names_its_thing for text in (q.question, q.answer)]
     return found
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from edge_rsvlm.export import artifact
 from edge_rsvlm.export.default.data.captions import BOS, EOS, points_somewhere
+from edge_rsvlm.export.default.data.places import Turned
 from edge_rsvlm.export.default.data.questions import Question, asked, made, themes
 from edge_rsvlm.export.default.data.words import sentences, vocabulary
 from edge_rsvlm.export.default.loop import ahead, device, train
@@ -32,12 +33,12 @@ from edge_rsvlm.export.default.stages.features import ANSWER, ASK
 
 NAME = "language"
 DEFAULTS: dict[str, Any] = {
-    "minutes": 36.0,
+    "minutes": 88.0,
     "images": 48,
     "ucm_share": 0.5,
     "question_share": 0.35,
     "answers_from": 0.5,
-    "question_share_then": 0.7,
+    "question_share_then": 0.5,
     "rate": 1.5e-3,
     "dropout": 0.15,
     "label_smoothing": 0.1,
@@ -101,6 +102,7 @@ class Said:
     rng: np.random.Generator
     question_share: float = field(init=False)
     questions: dict[int, list[Question]] = field(init=False)
+    turned: Turned = field(init=False)
     captions: list[list[list[str]]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -113,6 +115,7 @@ class Said:
             scene = ucm.scenes.scenes[i]
             own, others = asked(scene), made(scene, theme)
             self.questions[i] = own * max(1, len(others) // max(len(own), 1)) + others
+        self.turned = Turned(q.answer for found in self.questions.values() for q in found if q.of_a_place)
         self.captions = [[sentences(scene) for scene in part.scenes.scenes] for part in self.seen.parts]
 
     def __call__(self) -> Batch:
@@ -128,12 +131,9 @@ class Said:
         return {"tokens": torch.from_numpy(np.stack(maps)), **padded(self.seen.tokenizer, sequences)}
 
     def _sequences(self, number: int, image: int, view: int) -> list[Sequence]:
-        """Of a turned image, only what is true whichever way it lies."""
+        """Of a turned image, captions that hold whichever way it lies, and answers whose places turn with it."""
         captions = [c for c in self.captions[number][image] if view == 0 or not points_somewhere(c)]
-        questions = [
-            q for q in (self.questions[image] if number == 0 else ())
-            if view == 0 or "location" not in q.question
-        ]  # fmt: skip
+        questions = self._asked(image, view) if number == 0 else []
         found: list[Sequence] = []
         for _ in range(SEQUENCES):
             if questions and (not captions or self.rng.random() < self.question_share):
@@ -142,6 +142,12 @@ class Said:
             elif captions:
                 found.append((BOS, captions.pop(int(self.rng.integers(len(captions))))))
         return found
+
+    def _asked(self, image: int, view: int) -> list[Question]:
+        answers = [
+            (q.question, self.turned(q.answer, view) if q.of_a_place else q.answer) for q in self.questions[image]
+        ]
+        return [Question(question, answer) for question, answer in answers if answer is not None]
 
 
 def padded(tokenizer: Any, sequences: list[list[Sequence]], count: int = SEQUENCES) -> Batch:

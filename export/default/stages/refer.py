@@ -31,7 +31,7 @@ from edge_rsvlm.types import Boxes
 
 NAME = "refer"
 DEFAULTS: dict[str, Any] = {
-    "minutes": 6.0,
+    "minutes": 12.0,
     "layouts": 64,
     "made_up": 0.5,
     "absent": 0.1,
