@@ -43,8 +43,7 @@ def write_frame(
     """A frame of SIZE, 100 m above the ground and looking straight down, unless said otherwise."""
     exif = Image.Exif()
     exif.update(base or {})
-    exif.get_ifd(EXIF_IFD).update(camera)
-    exif.get_ifd(GPS_IFD).update(gps)
+    exif[EXIF_IFD], exif[GPS_IFD] = dict(camera), dict(gps)
     image = np.full((SIZE[1], SIZE[0], 3), 50, np.uint8) if image_HW3 is None else image_HW3
     text = packet(flight) if xmp is None else xmp
     Image.fromarray(image).save(path, quality=95, exif=exif, **({"xmp": text.encode()} if text else {}))

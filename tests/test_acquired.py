@@ -32,8 +32,7 @@ def tif(path, **tags):
 def jpeg(path, base=None, camera=None, gps=None, xmp=None):
     exif = Image.Exif()
     exif.update(base or {})
-    exif.get_ifd(EXIF_IFD).update(camera or {})
-    exif.get_ifd(GPS_IFD).update(gps or {})
+    exif[EXIF_IFD], exif[GPS_IFD] = camera or {}, gps or {}
     Image.new("RGB", (32, 24)).save(path, exif=exif, **({"xmp": xmp.encode()} if xmp else {}))
     return str(path)
 
