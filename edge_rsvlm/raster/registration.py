@@ -174,7 +174,7 @@ def _consensus(measured: _Measured, windows: int, centre_xy: tuple[float, float]
     residual_M = np.hypot(*(measured.shift_M2 - middle).T)
     agree_M = residual_M <= _tolerance(residual_M)
     found = np.zeros((3, 2))
-    found[0] = np.mean(measured.shift_M2[agree_M], axis=0)
+    found[0] = np.mean(measured.shift_M2[agree_M], axis=0) if agree_M.any() else middle
     plane = _plane_of_most(measured)
     if plane is not None and plane[1].sum() >= agree_M.sum() and _clearly_varies(measured, *plane):
         found, agree_M = plane
