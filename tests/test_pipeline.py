@@ -227,6 +227,16 @@ def test_change_finds_what_came_and_what_went(bundle, dates):
     assert outcome.changed_px == (mask == 1).sum() and outcome.known_px == (mask != 255).sum()
 
 
+@pytest.mark.parametrize("side_px, told", [(2, 0), (6, 1)])
+def test_a_change_of_a_single_cell_is_not_told(tmp_path, bundle, side_px, told):
+    before = pixels()
+    after = before.copy()
+    after[:, 180 : 180 + side_px, 20 : 20 + side_px] = 255
+    pair = [write(tmp_path / f"{name}.tif", image, **UTM) for name, image in (("t1", before), ("t2", after))]
+    got, outcome, _ = run_scene(bundle, "change", pair, batch=4, read_pixels=10**6)
+    assert len(json.loads(got)) == told and outcome.changed_px >= side_px**2
+
+
 def test_blocks_are_decoded_once_but_for_halos(tmp_path, bundle, monkeypatch):
     path = write(tmp_path / "a.tif", pixels((), (2000, 1500)), **UTM)
     read, original = [], Raster.read

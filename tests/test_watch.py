@@ -25,6 +25,7 @@ from edge_rsvlm.types import Georeference
 from edge_rsvlm.watch.folder import Folder
 from edge_rsvlm.watch.places import alike, share_covered
 from tests.fakes import fake_engine, write_bundle
+from tests.receivers import HttpReceiver
 from tests.scenes import UTM, pixels, write
 from tests.watching import Bench, compare, scene
 
@@ -499,6 +500,23 @@ def test_once_tells_of_bad_scenes_and_of_alerts_that_stay(run, bench, tmp_path):
     assert code == 3 and "cannot write" in err and "wait in the journal" in err
     code, out, err = run("watch", bench.folder, "--once")
     assert code == 3 and "wait for 'geojson', which --sinks does not name" in err
+
+
+def test_what_was_refused_is_sent_again_when_asked(run, bench, tmp_path, needs):
+    needs("httpx")
+    for n, squares in enumerate(([], [A])):
+        os.utime(scene(bench.folder / f"{n}.tif", squares), (n, n))
+    with HttpReceiver(lambda key: 422) as receiver:
+        (tmp_path / "SINKS.toml").write_text(f'version = 1\n[[sink]]\ntype = "webhook"\nurl = "{receiver.url}"\n')
+        command = "watch", bench.folder, "--once", "--sinks", tmp_path / "SINKS.toml"
+        code, out, err = run(*command)
+        refused = json.loads(out.splitlines()[1])["alerts"]
+        assert code == 3 and "refused for good" in err and len(receiver.requests) == len(refused) > 0
+        receiver.answer = lambda key: 200
+        assert run(*command) == (0, "", "") and not receiver.taken
+        assert run(*command, "--retry-refused") == (0, "", f"{len(refused)} refused deliveries are sent again\n")
+        assert receiver.taken == refused
+        assert run(*command, "--retry-refused") == (0, "", "0 refused deliveries are sent again\n")
 
 
 def test_a_signal_ends_a_watch_cleanly(bench):

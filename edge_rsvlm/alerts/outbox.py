@@ -39,6 +39,14 @@ class SteadyClock:
         return self._start + time.monotonic()
 
 
+def retry_refused(journal: Journal) -> int:
+    """What was refused for good waits once more, as if it were new; returns how many deliveries that are."""
+    return journal.write(
+        "UPDATE deliveries SET state = 'waiting', attempts = 0, next_attempt = 0, aside = 0, error = NULL"
+        " WHERE state = 'failed'"
+    )
+
+
 def backoff_s(failures: int, draw: Callable[[], float]) -> float:
     """How long to wait after so many failures in a row; ``draw`` gives a number in [0, 1)."""
     full = min(FIRST_WAIT_S * 2.0 ** min(failures - 1, 30), LONGEST_WAIT_S)

@@ -40,11 +40,13 @@ DRAIN_S, FINISH_S = 60.0, 5.0
     "--queue", default=64, show_default=True, type=click.IntRange(1, 10_000),
     help="Scenes that may wait; beyond it, those are dropped that a later one of the same place supersedes.",
 )  # fmt: skip
+@click.option("--retry-refused", is_flag=True, help="First send again what receivers refused for good.")
 @click.option("--once", is_flag=True, help="Do what is there and leave; nothing is dropped.")
 @run_options
 def command(
     folder: Path, rules: Path | None, sinks: Path | None, output: Path | None, journal: Path | None, journal_size: str,
-    every: str, marker: bool, queue: int, once: bool, bundle: Path | None, allow_unsigned: bool, **limits: Any,
+    every: str, marker: bool, queue: int, retry_refused: bool, once: bool, bundle: Path | None, allow_unsigned: bool,
+    **limits: Any,
 ) -> None:  # fmt: skip
     """Compare each scene that appears in DIR with the one before it, and deliver alerts.
 
@@ -52,6 +54,7 @@ def command(
     it was. Scenes are of one place when half of the later footprint is covered by the earlier one; without a CRS, when
     their sizes and their names without digits agree. Ends on SIGTERM and SIGINT.
     """
+    from edge_rsvlm.alerts import outbox
     from edge_rsvlm.alerts.journal import Journal
     from edge_rsvlm.alerts.store import JournalFullError, exclusive
     from edge_rsvlm.config.rules import load_rules
@@ -72,6 +75,8 @@ def command(
         session = open_session(bundle, allow_unsigned, make_limits(**limits), ("change",))
         stop = stack.enter_context(until_signal())
         watch = make_watch(kept, settings, by_model(session, wanted), routes, stop, sys.stdout, reports)
+        if retry_refused:
+            reports.say(f"{outbox.retry_refused(kept)} refused deliveries are sent again")
         watch.couriers.start()
         try:
             watch.once() if once else watch.run(every_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,8 @@ from edge_rsvlm.raster.shift import STILL, Shift
 
 TOLD_FROM_PX = 0.5
 """A larger shift that was corrected is told in words."""
+LEAST_CELLS = 4
+"""Of the head's output: a region of fewer is what noise gives."""
 
 MaskRows = Callable[[int, NDArray[np.uint8]], None]
 """Called with the first row and rows [R, W] of a mask, in order; what the values mean is the task's to say."""
@@ -107,7 +110,8 @@ def change(
     """
     outcome = outcome or ChangeOutcome()
     canvas = Canvas(*view.size)
-    regions = RegionRecords(view.size[0], (task.min_area_px, task.min_area_m2), mapper_of(view, outcome), emit)
+    smallest = _least_px(task, view), task.min_area_m2
+    regions = RegionRecords(view.size[0], smallest, mapper_of(view, outcome), emit)
     least = int(np.ceil(task.threshold * LEVELS))
 
     def finish_rows(until: float) -> None:
@@ -139,6 +143,12 @@ def change(
         finish_rows(view.size[1])
         regions.finish()
     return outcome
+
+
+def _least_px(task: ChangeTask, view: View) -> int:
+    """Raster pixels of the smallest region."""
+    cell_px = task.stride**2 * math.prod(view.scale_xy)
+    return max(task.min_area_px, round(LEAST_CELLS * cell_px))
 
 
 def _compare(runtime: Runtime, task: ChangeTask, tiles: TileBatch, kept: NDArray[np.intp]) -> NDArray[np.float32]:
