@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
-import rasterio
 from numpy.typing import NDArray
 from PIL import Image
-from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning
 
-from edge_rsvlm.raster.reader import foreign_errors
+from edge_rsvlm.pipeline.scaling import role_bands
+from edge_rsvlm.raster.reader import Raster, open_raster
 
 SIDE_PX, QUALITY = 256, 70
+SHOWN_PERCENTILES = (2, 98)
 
 
 def thumbnail(path: str) -> bytes:
-    """JPEG with a longest side of 256 px, from the first three bands or the first one. InputError: unreadable."""
+    """JPEG with a longest side of 256 px, in colour where the bands are named, else of the first one.
+
+    InputError: unreadable.
+    """
     stored = io.BytesIO()
-    with foreign_errors(path):
-        Image.fromarray(_picture(path)).save(stored, "JPEG", quality=QUALITY)
+    with open_raster(path) as raster:
+        Image.fromarray(_picture(raster)).save(stored, "JPEG", quality=QUALITY)
     return stored.getvalue()
 
 
-def _picture(path: str) -> NDArray[np.uint8]:
-    """[H, W, 3] or [H, W], stretched between the 2nd and 98th percentile: for eyes, not for measuring."""
-    with warnings.catch_warnings(), rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE"):
-        for warning in (NotGeoreferencedWarning, NodataShadowWarning):
-            warnings.simplefilter("ignore", warning)
-        with rasterio.open(path) as dataset:
-            bands = [1, 2, 3] if dataset.count >= 3 else [1]
-            scale = SIDE_PX / max(dataset.width, dataset.height, SIDE_PX)
-            size = max(round(dataset.height * scale), 1), max(round(dataset.width * scale), 1)
-            data_CHW = dataset.read(bands, out_shape=(len(bands), *size), masked=True).astype(np.float32)
-    values = data_CHW.compressed()
-    values = values[np.isfinite(values)]
-    low, high = np.percentile(values, (2, 98)) if values.size else (0.0, 1.0)
-    stretched = (data_CHW.filled(low) - low) / max(high - low, 1e-6) * 255
-    picture_CHW = np.nan_to_num(stretched).clip(0, 255).astype(np.uint8)
-    picture: NDArray[np.uint8] = picture_CHW.transpose(1, 2, 0) if len(bands) == 3 else picture_CHW[0]
-    return picture
+def _picture(raster: Raster) -> NDArray[np.uint8]:
+    """[H, W, 3], stretched from dark to bright: for eyes, not for measuring."""
+    pixels, lookup = raster.shrunk(SIDE_PX), role_bands(raster)
+    data_3HW = pixels.data_CHW[[lookup.get(role, 0) for role in ("red", "green", "blue")]].astype(np.float32)
+    valid_HW = (pixels.valid_HW > 0) & np.isfinite(data_3HW).all(axis=0)
+    known = data_3HW[:, valid_HW]
+    low, high = np.percentile(known, SHOWN_PERCENTILES) if known.size else (0.0, 1.0)
+    stretched = np.where(valid_HW, (data_3HW - low) / max(high - low, 1e-6), 0)
+    picture_HW3: NDArray[np.uint8] = np.rint(stretched.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+    return picture_HW3
