@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,11 @@ from edge_rsvlm.cli.common import make_limits, open_session, plan_options, progr
 if TYPE_CHECKING:
     from edge_rsvlm.bundle import Bundle
     from edge_rsvlm.evaluate import Evaluation
+    from edge_rsvlm.pipeline.outcome import Progress
+    from edge_rsvlm.pipeline.session import Session
     from edge_rsvlm.scoring import Score
+
+    Evaluate = Callable[[Session, Path, str, Path | None, Progress | None], Evaluation]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 only_option = click.option(
@@ -32,6 +36,30 @@ def command() -> None:
 
     Needs pip install 'edge-rsvlm[eval]'.
     """
+
+
+def labelled(labels: str) -> Callable[[Callable[[], Evaluate]], click.Command]:
+    """Makes a verb, of the function's name and docstring, that scores a file of labels of images by what it returns."""
+
+    def verb(scorer: Callable[[], Evaluate]) -> click.Command:
+        @click.argument("labels", metavar=labels, type=click.Path(path_type=Path))
+        @images_option
+        @only_option
+        @plan_options
+        @json_option
+        def score(
+            labels: Path, images: str, only: Path | None, as_json: bool, bundle: Path | None, allow_unsigned: bool,
+            **limits: Any,
+        ) -> None:  # fmt: skip
+            session = open_session(bundle, allow_unsigned, make_limits(**limits), (task,))
+            with progress_bar(labels.name, "images") as progress:
+                found = scorer()(session, labels, images, only, progress)
+            _report(found, str(labels), session.bundle, as_json)
+
+        task = scorer.__name__
+        return command.command(task, help=scorer.__doc__)(score)
+
+    return verb
 
 
 @command.command("detect")
@@ -97,16 +125,8 @@ def change(
     _report(found, str(folder), session.bundle, as_json)
 
 
-@command.command("caption")
-@click.argument("captions", type=click.Path(path_type=Path))
-@images_option
-@only_option
-@plan_options
-@json_option
-def caption(
-    captions: Path, images: str, only: Path | None, as_json: bool, bundle: Path | None, allow_unsigned: bool,
-    **limits: Any,
-) -> None:  # fmt: skip
+@labelled("CAPTIONS")
+def caption() -> Evaluate:
     """CIDEr and BLEU-4 of captions.
 
     CAPTIONS has a line {"image": "name", "captions": ["...", ...]} per image. Both sides are lower-cased and lose their
@@ -114,22 +134,11 @@ def caption(
     """
     from edge_rsvlm.evaluate import evaluate_caption
 
-    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("caption",))
-    with progress_bar(captions.name, "images") as progress:
-        found = evaluate_caption(session, captions, images, only, progress)
-    _report(found, str(captions), session.bundle, as_json)
+    return evaluate_caption
 
 
-@command.command("ask")
-@click.argument("questions", type=click.Path(path_type=Path))
-@images_option
-@only_option
-@plan_options
-@json_option
-def ask(
-    questions: Path, images: str, only: Path | None, as_json: bool, bundle: Path | None, allow_unsigned: bool,
-    **limits: Any,
-) -> None:  # fmt: skip
+@labelled("QUESTIONS")
+def ask() -> Evaluate:
     """Share of questions answered right, per type and all together.
 
     QUESTIONS has a line {"image": "name", "questions": [{"question": "...", "answer": "...", "type": "..."}, ...]} per
@@ -137,22 +146,11 @@ def ask(
     """
     from edge_rsvlm.evaluate import evaluate_ask
 
-    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("ask",))
-    with progress_bar(questions.name, "images") as progress:
-        found = evaluate_ask(session, questions, images, only, progress)
-    _report(found, str(questions), session.bundle, as_json)
+    return evaluate_ask
 
 
-@command.command("ground")
-@click.argument("phrases", type=click.Path(path_type=Path))
-@images_option
-@only_option
-@plan_options
-@json_option
-def ground(
-    phrases: Path, images: str, only: Path | None, as_json: bool, bundle: Path | None, allow_unsigned: bool,
-    **limits: Any,
-) -> None:  # fmt: skip
+@labelled("PHRASES")
+def ground() -> Evaluate:
     """Pr@0.5: share of phrases whose boxes are found at an IoU of 0.5.
 
     PHRASES has a line {"image": "name", "phrases": [{"phrase": "...", "boxes": [[x, y, width, height], ...]}, ...]} per
@@ -160,22 +158,11 @@ def ground(
     """
     from edge_rsvlm.evaluate.ground import evaluate_ground
 
-    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("ground",))
-    with progress_bar(phrases.name, "images") as progress:
-        found = evaluate_ground(session, phrases, images, only, progress)
-    _report(found, str(phrases), session.bundle, as_json)
+    return evaluate_ground
 
 
-@command.command("search")
-@click.argument("captions", type=click.Path(path_type=Path))
-@images_option
-@only_option
-@plan_options
-@json_option
-def search(
-    captions: Path, images: str, only: Path | None, as_json: bool, bundle: Path | None, allow_unsigned: bool,
-    **limits: Any,
-) -> None:  # fmt: skip
+@labelled("CAPTIONS")
+def search() -> Evaluate:
     """Recall at 1, 5 and 10 between images and captions, both ways, and their mean, in percent.
 
     CAPTIONS has a line {"image": "name", "captions": ["...", ...]} per image. A caption that another image has too
@@ -183,32 +170,18 @@ def search(
     """
     from edge_rsvlm.evaluate.search import evaluate_search
 
-    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("search",))
-    with progress_bar(captions.name, "images") as progress:
-        found = evaluate_search(session, captions, images, only, progress)
-    _report(found, str(captions), session.bundle, as_json)
+    return evaluate_search
 
 
-@command.command("classify")
-@click.argument("labels", type=click.Path(path_type=Path))
-@images_option
-@only_option
-@plan_options
-@json_option
-def classify(
-    labels: Path, images: str, only: Path | None, as_json: bool, bundle: Path | None, allow_unsigned: bool,
-    **limits: Any,
-) -> None:  # fmt: skip
+@labelled("LABELS")
+def classify() -> Evaluate:
     """Share of images whose best class is the labelled one, per class and all together.
 
     LABELS has a line {"image": "name", "label": "airport"} per image; its labels are the classes to choose from.
     """
     from edge_rsvlm.evaluate import evaluate_classify
 
-    session = open_session(bundle, allow_unsigned, make_limits(**limits), ("classify",))
-    with progress_bar(labels.name, "images") as progress:
-        found = evaluate_classify(session, labels, images, only, progress)
-    _report(found, str(labels), session.bundle, as_json)
+    return evaluate_classify
 
 
 @command.command("segment")
