@@ -107,6 +107,8 @@ python -m edge_rsvlm.export.default.data.eval_sets
 
 ## Limits and known failures
 
+Pictures of the worst captions and images: `python -m edge_rsvlm.export.default.failure_pictures`.
+
 - Few images stand behind several rows: read the intervals, not the values.
 - Words are those of UCM-Captions, RSICD and RSIVQA, many of them misspelt in the source, and the names of the objects
   above. Captions name what scenes of these sets show; numbers above a handful are guesses.
