@@ -54,6 +54,10 @@ class Order(Generic[O]):
     work: Callable[[Emit, ExitStack, Progress | None], O] | None = None
 
 
+def _of_image(verb: str, list_key: str, source: Source, geojson: Path | None, **how: Any) -> Order[Any]:
+    return Order(verb, source.name, {"image": source.name}, list_key, source.path, geojson, **how)
+
+
 def detect(session: Session, source: Source, query: DetectQuery, geojson: Path | None) -> Order[Outcome]:
     return _boxes("detect", source, geojson, lambda emit, _: requests.detecting(session.bundle, query, emit))
 
@@ -65,12 +69,10 @@ def ground(session: Session, source: Source, phrase: str, geojson: Path | None) 
 def _boxes(
     verb: str, source: Source, geojson: Path | None, request: Callable[[Emit, ExitStack], Request[Outcome]]
 ) -> Order[Outcome]:
-    return Order(
+    return _of_image(
         verb,
-        source.name,
-        {"image": source.name},
         "detections",
-        source.path,
+        source,
         geojson,
         tail=lambda _: {},
         text=lambda _, __, counts: (
@@ -81,12 +83,10 @@ def _boxes(
 
 
 def caption(session: Session, source: Source, geojson: Path | None, sampling: Sampling | None = None) -> Order[Any]:
-    return Order(
+    return _of_image(
         "caption",
-        source.name,
-        {"image": source.name},
         "tiles",
-        source.path,
+        source,
         geojson,
         tail=lambda outcome: {"caption": outcome.caption},
         text=lambda outcome, _, __: outcome.caption or NOTHING_VALID,
@@ -99,12 +99,10 @@ def ask(
 ) -> Order[Any]:
     task = session.tasks.ask
     of_features = isinstance(task, AnswerTask) and task.input is None
-    return Order(
+    return _of_image(
         "ask",
-        source.name,
-        {"image": source.name},
         "tiles",
-        source.path,
+        source,
         geojson,
         tail=lambda outcome: {"answer": outcome.answer},
         text=lambda outcome, _, __: NOTHING_VALID if outcome.answer is None else outcome.answer,
@@ -114,12 +112,10 @@ def ask(
 
 
 def classify(session: Session, source: Source, labels: Sequence[str], geojson: Path | None) -> Order[Any]:
-    return Order(
+    return _of_image(
         "classify",
-        source.name,
-        {"image": source.name},
         "tiles",
-        source.path,
+        source,
         geojson,
         tail=lambda outcome: {"labels": outcome.labels},
         text=lambda outcome, _, __: (
@@ -140,12 +136,10 @@ def segment(
         found = [f"{counts.get(label, 0)} {label} on {share:.1%}" for label, share in outcome.labels if share]
         return f"{', '.join(found[:MOST_LABELS])} of the valid area" if found else "nothing found"
 
-    return Order(
+    return _of_image(
         "segment",
-        source.name,
-        {"image": source.name},
         "segments",
-        source.path,
+        source,
         geojson,
         tail=lambda outcome: {"labels": outcome.labels},
         text=text,
@@ -168,21 +162,12 @@ def change(
     def work(emit: Emit, files: ExitStack, progress: Progress | None) -> ChangeOutcome:
         rows = _mask_rows(mask, after, files)
         when = scene_time(after) if rules else ""
-        found.append(
-            compare(
-                session,
-                before,
-                after,
-                emit,
-                rules=rules,
-                tracks=None,
-                when=when,
-                crops=crops,
-                mask_rows=rows,
-                progress=progress,
-            )
-        )
-        return found[0].outcome
+        compared = compare(
+            session, before, after, emit, rules=rules, tracks=None, when=when, crops=crops, mask_rows=rows,
+            progress=progress,
+        )  # fmt: skip
+        found.append(compared)
+        return compared.outcome
 
     def tail(outcome: ChangeOutcome) -> Mapping[str, Any]:
         alerts = [alert_record(alert) for alert in found[0].alerts]
