@@ -1,9 +1,10 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+MINUTES ?= 1
 SOURCES := pyproject.toml $(wildcard kernels/*)
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench model clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +25,14 @@ test: $(VENV)/.developer
 
 bench: $(VENV)/.developer
 	$(BIN)/python -m pytest benchmarks -s
+
+# The packaged model anew, from ../shared/data: hours on a processor. A GPU takes the same minutes for more steps:
+# `make model MINUTES=0.15` is half an hour.
+model: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --editable ".[export,search]"
+	$(BIN)/python -m edge_rsvlm.export.default.train --adopt --minutes-scale $(MINUTES)
+	$(BIN)/python -m edge_rsvlm.export.default.thresholds
+	$(BIN)/python -m edge_rsvlm.export.default.make_bundle
 
 # mypy reads the package as it is installed: export/ and device_profiles/ sit under edge_rsvlm.
 lint: $(VENV)/.developer

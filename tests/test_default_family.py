@@ -241,6 +241,23 @@ def test_thresholds_are_steps_of_the_grid(exported, toy, monkeypatch):
     assert thresholds.like_threshold(detection, [toy]) in thresholds.GRID
 
 
+def test_what_was_trained_replaces_the_weights(tmp_path):
+    from edge_rsvlm.export.default.train import STAGES, adopt
+
+    for stage in STAGES:
+        (tmp_path / "work" / stage).mkdir(parents=True)
+        for name in ("artifact.json", "weights.safetensors"):
+            (tmp_path / "work" / stage / name).write_text(f"new {stage}")
+    (tmp_path / "weights" / STAGES[-1]).mkdir(parents=True)
+    for name in ("thresholds.json", f"{STAGES[-1]}/artifact.json", f"{STAGES[-1]}/of_an_older_stage"):
+        (tmp_path / "weights" / name).write_text("old")
+    adopt(tmp_path / "work", tmp_path / "weights")
+    texts = {p.relative_to(tmp_path / "weights").as_posix(): p.read_text() for p in tmp_path.glob("weights/*/*")}
+    kept = {f"{stage}/{name}" for stage in STAGES for name in ("artifact.json", "weights.safetensors")}
+    assert set(texts) == kept - {"backbone/weights.safetensors"} and "old" not in texts.values()
+    assert (tmp_path / "weights" / "thresholds.json").exists()
+
+
 def test_thresholds_belong_to_the_weights(stages, tmp_path):
     made = [artifact.load(stages / name) for name in CUT_STAGES]
     assert read_thresholds(stages, made) == CUTS

@@ -3,18 +3,22 @@
 Each stage ends in an artifact under ``--work``; a stage whose artifact matches its configuration is skipped, and an
 interrupted one goes on from its last checkpoint. A GPU is used where there is one. Times are minutes of one processor
 core or of the GPU.
+
+``make model`` does all that makes the packaged bundle anew: this, the thresholds, the export, the scores and the card.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from edge_rsvlm.export import artifact
 from edge_rsvlm.export.default.stages import appearance, backbone, language, match, refer, vision
 
+WEIGHTS = Path(__file__).parent / "weights"
 STAGES = (backbone.NAME, vision.NAME, appearance.NAME, match.NAME, language.NAME, refer.NAME)
 
 
@@ -24,9 +28,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/train"), help="artifacts, checkpoints and caches")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
     parser.add_argument("--minutes-scale", type=float, default=1.0, help="multiplies the time of every training stage")
+    parser.add_argument("--adopt", action="store_true", help="what was trained replaces export/default/weights")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     train(options.data, options.work, options.until, options.minutes_scale)
+    if options.adopt:
+        adopt(options.work, WEIGHTS)
 
 
 def train(data: Path, work: Path, until: str, scale: float) -> None:
@@ -51,6 +58,14 @@ def train(data: Path, work: Path, until: str, scale: float) -> None:
     if until == language.NAME:
         return
     report(refer.run(data, work, scaled(refer.DEFAULTS), imported))
+
+
+def adopt(work: Path, weights: Path) -> None:
+    """The finished stages of ``work`` in place of those in ``weights``; of the backbone, what it says of itself."""
+    for stage in STAGES:
+        shutil.rmtree(weights / stage, ignore_errors=True)
+        leave = shutil.ignore_patterns("*.safetensors") if stage == backbone.NAME else None
+        shutil.copytree(work / stage, weights / stage, ignore=leave)
 
 
 def report(done: artifact.Artifact) -> artifact.Artifact:
