@@ -17,8 +17,6 @@ GridOf = Callable[[Tensor, Tensor], Grid]
 
 EXPONENTS = tuple(step / 20 for step in range(20))
 """Of the mean magnitude of an input (equation 5); 0 leaves the weights as they are."""
-LEAST_GAIN = 0.05
-"""Share of the error that scales must save: less on the calibration images is nothing on others."""
 ROWS = 256
 """Outputs of a layer, evenly spread, on which exponents are compared."""
 
@@ -26,14 +24,12 @@ ROWS = 256
 def input_scales(weights_NK: Iterable[Tensor], hessian_KK: Tensor, magnitude_K: Tensor, grid_of: GridOf) -> Tensor:
     """Scales [K] of the inputs that these layers share: they multiply the weights and divide the activations.
 
-    The exponent is the one with the least error of the outputs after rounding, which the sum of x x^T tells; 0 where
-    none saves LEAST_GAIN.
+    The exponent is the one with the least error of the outputs after rounding, which the sum of x x^T tells.
     """
     samples = [weight[:: max(1, len(weight) // ROWS)].clone() for weight in weights_NK]
     tried = [_scales(magnitude_K, exponent) for exponent in EXPONENTS]
     losses = [sum(_loss(weight, hessian_KK, scales, grid_of) for weight in samples) for scales in tried]
-    best = min(losses)
-    return tried[losses.index(best) if best <= (1 - LEAST_GAIN) * losses[0] else 0]
+    return tried[losses.index(min(losses))]
 
 
 def _scales(magnitude_K: Tensor, exponent: float) -> Tensor:
