@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,8 @@ CALIBRATION, COMPARISONS, SAMPLES = "calibration.json", "comparisons.json", "sam
 ACCURACY = "accuracy"
 UNSEEN_IMAGES = 16
 """Images that had no part in the calibration, for tasks that have no labels."""
+RECORD_BYTES = 32 << 10
+"""What a bundle says of its steps and its memory, written last."""
 JUDGING_IMAGES = 64
 """Images of a task that has labels, for what labels do not judge."""
 
@@ -86,7 +89,10 @@ class FewerBits:
 
         def make(folder: Path) -> dict[str, Any]:
             search = Search(self.recipe, before, Samples(calibrated.folder / SAMPLES), self.progress("search"))
-            return search.run(folder, lambda recipe: self._lost(recipe, compiled, proven, calibrated))
+            steps = compiled, proven, calibrated
+            return search.run(
+                folder, lambda recipe: self._lost(recipe, *steps), lambda recipe: self._bytes(recipe, *steps)
+            )
 
         searched = self.step("search", config, [compiled, calibrated], make)
         kept = self.recipe.out.with_name(f"{self.recipe.out.name}.search")
@@ -95,20 +101,27 @@ class FewerBits:
         found = chosen._smaller(compiled, proven, calibrated)
         return replace(found, steps=(searched, *found.steps))
 
-    def _lost(self, recipe: Recipe, compiled: Artifact, proven: Artifact, calibrated: Artifact) -> float:
-        """The greatest loss of a task by its labels, in points."""
+    @contextmanager
+    def _tried(self, recipe: Recipe, compiled: Artifact, proven: Artifact, calibrated: Artifact) -> Iterator[Path]:
+        """The folder of step ``quantize`` of a candidate, for a while."""
+        draft, probes, samples = compiled.folder / BUNDLE, proven.folder / PROBES, Samples(calibrated.folder / SAMPLES)
         with tempfile.TemporaryDirectory(prefix="search-") as folder:
-            draft, probes, samples = (
-                compiled.folder / BUNDLE,
-                proven.folder / PROBES,
-                Samples(calibrated.folder / SAMPLES),
-            )
-            # A candidate is judged on this machine: no graphs for TensorRT.
-            recipe = recipe.model_copy(update={"engines": ("onnxruntime",)})
             quantize(recipe, draft, probes, samples, Path(folder), self.progress("search: quantize"))
-            after = load_bundle(Path(folder) / BUNDLE, allow_unsigned=True, allow_older=True)
-            found = compare_labelled("search", _bundle(compiled), after, recipe.evaluate, self.progress("search"))
+            yield Path(folder)
+
+    def _lost(self, recipe: Recipe, *steps: Artifact) -> float:
+        """The greatest loss of a task by its labels, in points."""
+        # A candidate is judged on this machine: no graphs for TensorRT.
+        with self._tried(recipe.model_copy(update={"engines": ("onnxruntime",)}), *steps) as folder:
+            after = load_bundle(folder / BUNDLE, allow_unsigned=True, allow_older=True)
+            found = compare_labelled("search", _bundle(steps[0]), after, recipe.evaluate, self.progress("search"))
         return 100 * max(comparison.loss for comparison in found.comparisons)
+
+    def _bytes(self, recipe: Recipe, *steps: Artifact) -> int:
+        """Of all files of the bundle, with its probes and what it will record."""
+        with self._tried(recipe, *steps) as folder:
+            files = [path for part in (BUNDLE, PROBES) for path in (folder / part).rglob("*") if path.is_file()]
+            return sum(path.stat().st_size for path in files) + RECORD_BYTES
 
     def _said(self) -> dict[str, Any]:
         return self.recipe.model_dump(

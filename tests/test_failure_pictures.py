@@ -28,7 +28,9 @@ def test_each_labelled_box_is_found_once_by_the_best():
 
 def test_boxes_lie_where_they_are_in_the_picture():
     picture = np.zeros((50, 100, 3), np.uint8)
-    failures = [Failure(picture, 400, (((100.0, 0.0, 200.0, 200.0), "#e03131"),), f"said {n}", "true") for n in range(4)]
+    failures = [
+        Failure(picture, 400, (((100.0, 0.0, 200.0, 200.0), "#e03131"),), f"said {n}", "true") for n in range(4)
+    ]
     drawing = sheet(failures)
     bitmaps = [item for item in drawing.items if isinstance(item, Bitmap)]
     assert [b.box[2:] for b in bitmaps] == [(SIDE, SIDE / 2)] * 4

@@ -18,7 +18,7 @@ from click.testing import CliRunner  # noqa: E402
 import edge_rsvlm  # noqa: E402
 from edge_rsvlm.cli import cli  # noqa: E402
 from edge_rsvlm.errors import UsageError  # noqa: E402
-from edge_rsvlm.export.quantize.search import Goal, choices_of, front, parse_goal, within  # noqa: E402
+from edge_rsvlm.export.quantize.search import Goal, choices_of, front, made_within, parse_goal, within  # noqa: E402
 from edge_rsvlm.export.quantize.sensitivity import LayerLoss  # noqa: E402
 from edge_rsvlm.scoring import accuracy_score, loss_bound  # noqa: E402
 from tests import tiny_checkpoints, tiny_generators  # noqa: E402
@@ -178,16 +178,16 @@ def test_words_are_followed_on_the_images_that_judge_them(monkeypatch):
 
 def test_a_goal_of_size_is_met_by_a_mix(tmp_path):
     (tmp_path / "c").mkdir()
-    wanted = recipe(
-        tmp_path, tiny_checkpoints.clip(tmp_path / "c"), "onnx:f16", goal='"size=10MiB"', allow='["accuracy"]'
-    )
+    checkpoint, limit = tiny_checkpoints.clip(tmp_path / "c"), 280_000
+    wanted = recipe(tmp_path, checkpoint, "onnx:f16", goal=f'"size={limit}"', allow='["accuracy"]')
     made = run("export", "run", wanted)
     assert made.exception is None, made.exception
+    assert sum(path.stat().st_size for path in (tmp_path / "bundle").rglob("*") if path.is_file()) <= limit
     kept = tmp_path / "bundle.search"
     assert {path.name for path in kept.iterdir()} >= {"layers.txt", "front.txt", "front.png", "choice.json"}
     assert "chosen" in (kept / "front.txt").read_text()
     search = next(step for step in manifest(tmp_path)["steps"] if step["step"] == "search")
-    assert search["metrics"]["goal"] == "size=10MiB"
+    assert search["metrics"]["goal"] == f"size={limit}"
 
 
 def test_llama_switches_no_adapters(tmp_path):
@@ -221,6 +221,20 @@ def test_the_front_falls_in_loss_as_bytes_rise():
     assert best.choices[0].precision == "int8" and best.choices[0].keep == ("hard",)
     with pytest.raises(UsageError, match="no mix reaches the goal"):
         within(mixes, Goal("size", 100), rest_bytes=70)
+
+
+def test_a_size_is_that_of_what_was_made():
+    mixes = front([choices_of("g", ["int8", "int4"], LAYERS, {})])
+    tried = []
+
+    def made(mix):  # scales and the like, of which nobody told
+        tried.append(mix.choices[0].precision)
+        return int(mix.bytes) + 600
+
+    assert made_within(mixes, Goal("size", 2100), 70, made).choices[0].precision == "int8"
+    assert tried == ["f16", "int8"]
+    with pytest.raises(UsageError, match="no mix reaches the goal"):
+        made_within(mixes, Goal("size", 1000), 70, made)
 
 
 def test_goals_are_read():

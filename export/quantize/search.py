@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edge_rsvlm.config.units import parse_bytes, parse_seconds
@@ -136,3 +136,14 @@ def within(mixes: Sequence[Mix], goal: Goal, rest_bytes: int) -> Mix:
     if not fitting:
         raise UsageError(f"no mix reaches the goal; the {goal.kind} of the smallest is {unit}", fix="ask for more")
     return min(fitting, key=lambda mix: mix.loss)
+
+
+def made_within(mixes: Sequence[Mix], goal: Goal, rest_bytes: int, made: Callable[[Mix], int]) -> Mix:
+    """The least lossy mix whose bundle, ``made`` and counted, is inside a goal of size; else as ``within``.
+
+    Weights alone leave out scales, probes and graphs for another engine: each mix that is too large tells what these
+    come to.
+    """
+    while (size := made(mix := within(mixes, goal, rest_bytes))) > goal.limit:
+        rest_bytes = size - int(mix.bytes)
+    return mix

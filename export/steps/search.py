@@ -22,7 +22,7 @@ from edge_rsvlm.engines.onnxruntime import OnnxRuntimeEngine
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.export.quantize.calibration import Samples
 from edge_rsvlm.export.quantize.choose import int8_kind
-from edge_rsvlm.export.quantize.search import Choice, Goal, Mix, choices_of, front, parse_goal, within
+from edge_rsvlm.export.quantize.search import Choice, Goal, Mix, choices_of, front, made_within, parse_goal, within
 from edge_rsvlm.export.quantize.sensitivity import LARGEST_BYTES, LayerLoss, layer_losses, table
 from edge_rsvlm.export.quantize.settings import Precision
 from edge_rsvlm.export.recipe import Recipe
@@ -33,6 +33,8 @@ RUNS, TRIES = 5, 6
 Report = Callable[[str, int, int], None]
 Lost = Callable[[Recipe], float]
 """The greatest loss of a task, in points, of the bundle that a recipe makes."""
+Made = Callable[[Recipe], int]
+"""Bytes of the bundle that a recipe makes."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,20 @@ class Search:
     samples: Samples
     report: Report
 
-    def run(self, folder: Path, lost: Lost) -> dict[str, Any]:
+    def run(self, folder: Path, lost: Lost, made: Made) -> dict[str, Any]:
         """Fill ``folder``; the metrics say what was chosen."""
         goal = parse_goal(self.recipe.goal or "")
         layers = {name: self._layers(name) for name in self.before.manifest.graphs}
         graphs = [self._choices(name, found, goal) for name, found in layers.items()]
         mixes = front(graphs, "seconds" if goal.kind == "latency" else "bytes")
-        mix = self._lossless_enough(mixes, goal, lost) if goal.kind == "accuracy-loss" else within(
-            mixes, goal, self._rest_bytes(layers)
-        )  # fmt: skip
+        if goal.kind == "accuracy-loss":
+            mix = self._lossless_enough(mixes, goal, lost)
+        elif goal.kind == "size":
+            mix = made_within(
+                mixes, goal, self._rest_bytes(layers), lambda mix: made(applied(self.recipe, _choice(mix)))
+            )
+        else:
+            mix = within(mixes, goal, 0)
         self._write(folder, [row for found in layers.values() for row in found], mixes, mix)
         return {"goal": self.recipe.goal or "", "mix": str(mix), "bytes of layers": int(mix.bytes), "loss": mix.loss}
 
@@ -94,7 +101,7 @@ class Search:
         return found
 
     def _rest_bytes(self, layers: dict[str, tuple[LayerLoss, ...]]) -> int:
-        """What no choice changes: everything in the bundle but the weights of layers."""
+        """What no choice changes, nearly: everything in the bundle but the weights of layers."""
         whole = sum(entry.bytes for entry in self.before.manifest.files.values())
         return whole - sum(2 * row.weights for found in layers.values() for row in found)
 
