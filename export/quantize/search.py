@@ -74,7 +74,8 @@ class Mix:
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{c.graph} {c.precision}" + (f" ({len(c.keep)} layers kept)" if c.keep else "") for c in self.choices
+            f"{c.graph} {c.precision}" + (f" ({len(c.keep)} layer{'s' * (len(c.keep) > 1)} kept)" if c.keep else "")
+            for c in self.choices
         )
 
 

@@ -160,13 +160,13 @@ def _choice(mix: Mix) -> dict[str, dict[str, Any]]:
 
 
 def plot(path: Path, mixes: Sequence[Mix], mix: Mix) -> None:
-    """Bytes against loss, the chosen mix marked."""
+    """Bytes against loss, the chosen mix marked; what loses nothing has no place on a scale of powers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([m.bytes / 2**20 for m in mixes], [m.loss for m in mixes], ".-", color="0.5")
     axes.plot([mix.bytes / 2**20], [mix.loss], "o", color="tab:red", label=str(mix).replace(", ", "\n"))
-    axes.set(xlabel="weights of layers, MiB", ylabel="sum of squared relative errors", yscale="symlog")
+    axes.set(xlabel="weights of layers, MiB", ylabel="sum of squared relative errors", yscale="log")
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
