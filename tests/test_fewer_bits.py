@@ -217,24 +217,20 @@ def test_the_front_falls_in_loss_as_bytes_rise():
     mixes = front([choices])
     sizes, losses = [mix.bytes for mix in mixes], [mix.loss for mix in mixes]
     assert sizes == sorted(sizes) and losses == sorted(losses, reverse=True) and losses[-1] == 0
-    best = within(mixes, Goal("size", 1100), rest_bytes=70)
+    best = made_within(mixes, Goal("size", 1100), lambda mix: int(mix.bytes) + 70)
     assert best.choices[0].precision == "int8" and best.choices[0].keep == ("hard",)
-    with pytest.raises(UsageError, match="no mix reaches the goal"):
-        within(mixes, Goal("size", 100), rest_bytes=70)
+    with pytest.raises(UsageError, match="the latency of the smallest is 0ms"):
+        within(mixes, Goal("latency", -1))
 
 
 def test_a_size_is_that_of_what_was_made():
     mixes = front([choices_of("g", ["int8", "int4"], LAYERS, {})])
-    tried = []
-
-    def made(mix):  # scales and the like, of which nobody told
-        tried.append(mix.choices[0].precision)
-        return int(mix.bytes) + 600
-
-    assert made_within(mixes, Goal("size", 2100), 70, made).choices[0].precision == "int8"
-    assert tried == ["f16", "int8"]
+    made = {mix: int(mix.bytes) + 600 for mix in mixes}  # scales and the like, of which nobody told
+    for limit in sorted(made.values()):
+        assert made[made_within(mixes, Goal("size", limit), made.__getitem__)] == limit
+        assert made[made_within(mixes, Goal("size", limit + 1), made.__getitem__)] == limit
     with pytest.raises(UsageError, match="no mix reaches the goal"):
-        made_within(mixes, Goal("size", 1000), 70, made)
+        made_within(mixes, Goal("size", min(made.values()) - 1), made.__getitem__)
 
 
 def test_goals_are_read():

@@ -125,26 +125,30 @@ def _unbeaten(mixes: Sequence[Mix]) -> list[Mix]:
     return found
 
 
-def within(mixes: Sequence[Mix], goal: Goal, rest_bytes: int) -> Mix:
-    """The least lossy mix inside a goal of size or latency; UsageError says what the smallest takes."""
-    if goal.kind == "size":
-        fitting = [mix for mix in mixes if mix.bytes + rest_bytes <= goal.limit]
-        least = min(mix.bytes for mix in mixes) + rest_bytes
-        unit = f"{least / 2**20:.1f}MiB"
-    else:
-        fitting = [mix for mix in mixes if mix.seconds <= goal.limit]
-        unit = f"{min(mix.seconds for mix in mixes) * 1e3:.0f}ms"
+def within(mixes: Sequence[Mix], goal: Goal) -> Mix:
+    """The least lossy mix inside a goal of latency; UsageError says what the fastest takes."""
+    fitting = [mix for mix in mixes if mix.seconds <= goal.limit]
     if not fitting:
-        raise UsageError(f"no mix reaches the goal; the {goal.kind} of the smallest is {unit}", fix="ask for more")
+        raise _out_of_reach(goal, f"{min(mix.seconds for mix in mixes) * 1e3:.0f}ms")
     return min(fitting, key=lambda mix: mix.loss)
 
 
-def made_within(mixes: Sequence[Mix], goal: Goal, rest_bytes: int, made: Callable[[Mix], int]) -> Mix:
-    """The least lossy mix whose bundle, ``made`` and counted, is inside a goal of size; else as ``within``.
+def made_within(mixes: Sequence[Mix], goal: Goal, made: Callable[[Mix], int]) -> Mix:
+    """The least lossy mix of a front whose bundle, ``made`` and counted, is inside a goal of size; UsageError says what
+    the smallest takes.
 
-    Weights alone leave out scales, probes and graphs for another engine: each mix that is too large tells what these
-    come to.
+    By halving: weights alone leave out scales, probes and graphs for another engine, but bundles grow with them.
     """
-    while (size := made(mix := within(mixes, goal, rest_bytes))) > goal.limit:
-        rest_bytes = size - int(mix.bytes)
-    return mix
+    low, high = 0, len(mixes) - 1
+    if made(mixes[high]) <= goal.limit:
+        return mixes[high]
+    if (smallest := made(mixes[low])) > goal.limit:
+        raise _out_of_reach(goal, f"{smallest / 2**20:.1f}MiB")
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if made(mixes[middle]) <= goal.limit else (low, middle - 1)
+    return mixes[low]
+
+
+def _out_of_reach(goal: Goal, least: str) -> UsageError:
+    return UsageError(f"no mix reaches the goal; the {goal.kind} of the smallest is {least}", fix="ask for more")

@@ -53,11 +53,9 @@ class Search:
         if goal.kind == "accuracy-loss":
             mix = self._lossless_enough(mixes, goal, lost)
         elif goal.kind == "size":
-            mix = made_within(
-                mixes, goal, self._rest_bytes(layers), lambda mix: made(applied(self.recipe, _choice(mix)))
-            )
+            mix = made_within(mixes, goal, lambda mix: made(applied(self.recipe, _choice(mix))))
         else:
-            mix = within(mixes, goal, 0)
+            mix = within(mixes, goal)
         self._write(folder, [row for found in layers.values() for row in found], mixes, mix)
         return {"goal": self.recipe.goal or "", "mix": str(mix), "bytes of layers": int(mix.bytes), "loss": mix.loss}
 
@@ -99,11 +97,6 @@ class Search:
                 quantizer.graph(name, self.before.manifest.graphs[name].file, precision, None)
                 found[precision] = _time(into / self._path(name).name, self.samples.of(name)[0])
         return found
-
-    def _rest_bytes(self, layers: dict[str, tuple[LayerLoss, ...]]) -> int:
-        """What no choice changes, nearly: everything in the bundle but the weights of layers."""
-        whole = sum(entry.bytes for entry in self.before.manifest.files.values())
-        return whole - sum(2 * row.weights for found in layers.values() for row in found)
 
     def _lossless_enough(self, mixes: Sequence[Mix], goal: Goal, lost: Lost) -> Mix:
         """The smallest mix whose measured loss is inside the goal, by halving: losses rise as bytes fall."""
