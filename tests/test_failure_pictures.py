@@ -8,13 +8,8 @@ pytest.importorskip("torch", reason="needs torch: not installed")
 
 import numpy as np
 
-from edge_rsvlm.export.default.failure_pictures import COLUMNS, GAP, SIDE, Failure, matched, overlap, sheet
+from edge_rsvlm.export.default.failure_pictures import COLUMNS, GAP, SIDE, Failure, matched, sheet
 from edge_rsvlm.report.drawing import Bitmap, Line, Text
-
-
-def test_overlap_is_intersection_over_union():
-    assert overlap((0, 0, 10, 10), (5, 0, 10, 10)) == pytest.approx(1 / 3)
-    assert overlap((0, 0, 10, 10), (20, 0, 10, 10)) == 0
 
 
 def test_each_labelled_box_is_found_once_by_the_best():

@@ -372,9 +372,9 @@ def test_what_was_refused_is_sent_again_when_asked(run, bench, tmp_path, needs):
         assert code == 3 and "refused for good" in err and len(receiver.requests) == len(refused) > 0
         receiver.answer = lambda key: 200
         assert run(*command) == (0, "", "") and not receiver.taken
-        assert run(*command, "--retry-refused") == (0, "", f"{len(refused)} refused deliveries are sent again\n")
+        assert run(*command, "--retry-refused") == (0, "", f"refused deliveries that are sent again: {len(refused)}\n")
         assert receiver.taken == refused
-        assert run(*command, "--retry-refused") == (0, "", "0 refused deliveries are sent again\n")
+        assert run(*command, "--retry-refused") == (0, "", "refused deliveries that are sent again: 0\n")
 
 
 def test_a_signal_ends_a_watch_cleanly(bench):

@@ -76,7 +76,7 @@ def command(
         stop = stack.enter_context(until_signal())
         watch = make_watch(kept, settings, by_model(session, wanted), routes, stop, sys.stdout, reports)
         if retry_refused:
-            reports.say(f"{outbox.retry_refused(kept)} refused deliveries are sent again")
+            reports.say(f"refused deliveries that are sent again: {outbox.retry_refused(kept)}")
         watch.couriers.start()
         try:
             watch.once() if once else watch.run(every_s)

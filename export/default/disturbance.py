@@ -25,6 +25,7 @@ from edge_rsvlm.geo import metres_per_pixel
 from edge_rsvlm.pipeline.change import ChangeOutcome
 from edge_rsvlm.pipeline.session import Limits, Session, georeference
 from edge_rsvlm.raster.moved import moved_map
+from edge_rsvlm.raster.shift import Shift
 from edge_rsvlm.scoring import UNKNOWN, change_counts
 from edge_rsvlm.types import Window
 
@@ -146,13 +147,18 @@ def labelled(session: Session, data: Path, work: Path) -> Iterator[Accuracy]:
         folder = data / "oscd" / "train" / city
         moved = disturbed(folder / "t1.tif", work / f"{city}_t1.tif", rng)
         masks = [_mask(session, before, folder / "t2.tif") for before in (folder / "t1.tif", moved)]
-        with rasterio.open(folder / "change.tif") as raster:
-            labels_HW = (raster.read(1) > 0).astype(np.uint8)
-        whole = Window(0, 0, labels_HW.shape[1], labels_HW.shape[0])
-        labels_HW = moved_map(labels_HW, whole, whole, masks[0][1].registration)
+        labels_HW = labels_on_later(folder, masks[0][1].registration)
         counts.append([change_counts(mask_HW, labels_HW > 0) for mask_HW, _ in masks])
         yield Accuracy(city, *counts[-1])
     yield Accuracy("all", *np.sum(counts, axis=0))
+
+
+def labels_on_later(folder: Path, shift: Shift) -> NDArray[np.uint8]:
+    """What is labelled as changed [H, W], moved onto the later date: OSCD's labels were drawn on the earlier one."""
+    with rasterio.open(folder / "change.tif") as raster:
+        labels_HW = (raster.read(1) > 0).astype(np.uint8)
+    whole = Window(0, 0, labels_HW.shape[1], labels_HW.shape[0])
+    return moved_map(labels_HW, whole, whole, shift)
 
 
 def _mask(session: Session, before: Path, after: Path) -> tuple[NDArray[np.uint8], ChangeOutcome]:

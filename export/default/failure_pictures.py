@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm.bundle import load_bundle, packaged_folder
+from edge_rsvlm.evaluate.ground import iou
 from edge_rsvlm.evaluate.labels import chosen, locate, read_coco
 from edge_rsvlm.export.default.data.scenes import read_scenes
 from edge_rsvlm.export.default.splits import FOLDER
@@ -110,22 +111,16 @@ def _detected(session: Session, source: Source) -> list[Box]:
 
 def matched(found: Sequence[Box], truth: Sequence[Box]) -> Matched:
     """Each found box, best first, takes the labelled one that it overlaps most, by half at least."""
-    left, right, wrong = list(truth), [], []
-    for box in found:
-        best = max(left, key=lambda other: overlap(box, other), default=None)
-        if best is not None and overlap(box, best) >= SAME_IOU:
-            left.remove(best)
+    overlaps = iou(*(np.array(boxes, np.float64).reshape(-1, 4) for boxes in (found, truth)))
+    right, wrong = [], []
+    for box, row in zip(found, overlaps, strict=True):
+        if row.max(initial=0.0) >= SAME_IOU:
+            overlaps[:, row.argmax()] = -1  # taken
             right.append(box)
         else:
             wrong.append(box)
-    return Matched(tuple(right), tuple(wrong), tuple(left))
-
-
-def overlap(a: Box, b: Box) -> float:
-    """Intersection over union."""
-    width, height = (max(min(a[k] + a[k + 2], b[k] + b[k + 2]) - max(a[k], b[k]), 0.0) for k in (0, 1))
-    common = width * height
-    return common / (a[2] * a[3] + b[2] * b[3] - common)
+    missed = tuple(box for box, column in zip(truth, overlaps.T, strict=True) if not (column < 0).any())
+    return Matched(tuple(right), tuple(wrong), missed)
 
 
 def _picture(source: Source) -> tuple[NDArray[np.uint8], int]:

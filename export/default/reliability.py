@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 from numpy.typing import NDArray
 from rasterio.features import rasterize
 
 from edge_rsvlm.bundle import load_bundle
+from edge_rsvlm.export.default.disturbance import labels_on_later
 from edge_rsvlm.export.default.splits import held_out
 from edge_rsvlm.pipeline.session import Limits, Session
-from edge_rsvlm.raster.moved import moved_map
-from edge_rsvlm.types import Window
 
 EDGES = (0.0, 0.3, 0.4, 0.5, 0.6, 1.0)
 LIMITS = Limits(8 << 30)
@@ -51,14 +49,10 @@ class Band:
 
 
 def told(session: Session, folder: Path) -> Iterator[Told]:
-    """Changes of a labelled pair. Labels are moved onto the later date, which polygons lie on: OSCD's were drawn on the
-    earlier one."""
+    """Changes of a labelled pair; polygons lie on its later date."""
     records: list[dict[str, Any]] = []
     outcome = session.change(str(folder / "t1.tif"), str(folder / "t2.tif"), lambda record, _: records.append(record))
-    with rasterio.open(folder / "change.tif") as raster:
-        labels_HW = (raster.read(1) > 0).astype(np.uint8)
-    whole = Window(0, 0, labels_HW.shape[1], labels_HW.shape[0])
-    labels_HW = moved_map(labels_HW, whole, whole, outcome.registration)
+    labels_HW = labels_on_later(folder, outcome.registration)
     for record in records:
         inside_HW: NDArray[np.uint8] = rasterize([record["polygon"]], labels_HW.shape, dtype=np.uint8)
         yield Told(record["score"], int(inside_HW.sum()), int((inside_HW & labels_HW).sum()))

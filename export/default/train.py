@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--minutes-scale", type=float, default=1.0, help="multiplies the time of every training stage")
     parser.add_argument("--adopt", action="store_true", help="what was trained replaces export/default/weights")
     options = parser.parse_args()
+    if options.adopt and options.until != STAGES[-1]:
+        parser.error("--adopt takes the weights of all stages: leave --until out")
     options.work.mkdir(parents=True, exist_ok=True)
     train(options.data, options.work, options.until, options.minutes_scale)
     if options.adopt:

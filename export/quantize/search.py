@@ -17,9 +17,11 @@ from edge_rsvlm.export.quantize.sensitivity import LayerLoss
 from edge_rsvlm.export.quantize.settings import Precision
 
 BYTES: Mapping[str, float] = {"f16": 2.0, "int8": 1.0, "int8-dynamic": 1.0, "int4": 0.5625}
+KEPT_BYTES: Mapping[str, float] = {"int8": 4.0, "int8-dynamic": 4.0, "int4": 2.0}
+"""Of a weight that stays as it is: graphs in 8 bits hold those in float32."""
 LOSS_OF = {"int8": "int8", "int8-dynamic": "int8", "int4": "int4"}
 KEPT = (0, 1, 2, 3, 5, 8, 12)
-"""How many of a graph's layers may stay in half precision."""
+"""How many of a graph's layers may stay as they are."""
 WIDTH = 400
 """Mixes that are followed at once."""
 
@@ -46,7 +48,7 @@ def parse_goal(text: str) -> Goal:
 
 @dataclass(frozen=True)
 class Choice:
-    """One graph at one precision; ``keep`` names the layers that stay in half precision."""
+    """One graph at one precision; ``keep`` names the layers that stay as they are."""
 
     graph: str
     precision: Precision
@@ -102,7 +104,7 @@ def _choice(
     # Layers that stay as they are take as long as before: time is taken to follow the weights.
     time = share * seconds.get(precision, 0.0) + (1 - share) * seconds.get("f16", 0.0)
     loss = sum(layer.loss[LOSS_OF[precision]] for layer in narrow)
-    size = weights * BYTES[precision] + (whole - weights) * BYTES["f16"]
+    size = weights * BYTES[precision] + (whole - weights) * KEPT_BYTES[precision]
     return Choice(graph, precision, tuple(layer.layer for layer in ranked[:count]), size, loss, time)
 
 
