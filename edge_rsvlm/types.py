@@ -78,6 +78,16 @@ class Boxes:
     labels_N: NDArray[np.int64]
 
 
+def iou(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Intersection over union of boxes x0, y0, x1, y1 in the last axis; the others broadcast. Of two empty ones, 0."""
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    shared = np.maximum(sides, 0).prod(axis=-1)
+    area_a, area_b = ((box[..., 2:] - box[..., :2]).prod(axis=-1) for box in (a, b))
+    union = area_a + area_b - shared
+    found: NDArray[np.float64] = np.divide(shared, union, out=np.zeros_like(union), where=union > 0)
+    return found
+
+
 class InferenceSession(Protocol):
     """The narrow seam to an engine: one loaded graph. Thread-safe, deterministic for a given thread count."""
 

@@ -18,6 +18,7 @@ from edge_rsvlm.evaluate.labels import Box, chosen, locate, read_phrases
 from edge_rsvlm.pipeline.outcome import Progress
 from edge_rsvlm.pipeline.session import Session
 from edge_rsvlm.pipeline.vocabulary import check_texts
+from edge_rsvlm.types import iou
 
 LEAST_IOU = 0.5
 
@@ -46,10 +47,10 @@ def all_found(answered: Sequence[Box], wanted: Sequence[Box]) -> bool:
     first = answered[: len(wanted)]
     if len(first) < len(wanted):
         return False
-    overlaps = iou(np.array(first, np.float64), np.array(wanted, np.float64)) >= LEAST_IOU
+    overlapping = overlaps(first, wanted) >= LEAST_IOU
     # At this IoU a box overlaps two others only where those overlap each other: the order of choice hardly matters.
     free = np.ones(len(wanted), np.bool_)
-    for row in overlaps:
+    for row in overlapping:
         hits = np.flatnonzero(row & free)
         if not len(hits):
             return False
@@ -57,14 +58,15 @@ def all_found(answered: Sequence[Box], wanted: Sequence[Box]) -> bool:
     return True
 
 
-def iou(a_N4: NDArray[np.float64], b_M4: NDArray[np.float64]) -> NDArray[np.float64]:
+def overlaps(a: Sequence[Box], b: Sequence[Box]) -> NDArray[np.float64]:
     """Intersection over union [N, M] of boxes x, y, width, height."""
-    low = np.maximum(a_N4[:, None, :2], b_M4[None, :, :2])
-    high = np.minimum((a_N4[:, :2] + a_N4[:, 2:])[:, None], (b_M4[:, :2] + b_M4[:, 2:])[None])
-    common = np.prod(np.clip(high - low, 0, None), axis=-1)
-    either = np.prod(a_N4[:, 2:], axis=1)[:, None] + np.prod(b_M4[:, 2:], axis=1)[None] - common
-    found: NDArray[np.float64] = np.divide(common, either, out=np.zeros_like(common), where=either > 0)
-    return found
+    corners_a, corners_b = (_corners(boxes) for boxes in (a, b))
+    return iou(corners_a[:, None], corners_b)
+
+
+def _corners(boxes: Sequence[Box]) -> NDArray[np.float64]:
+    xywh = np.array(boxes, np.float64).reshape(-1, 4)
+    return np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]])
 
 
 def _boxes(session: Session, path: str, phrase: str) -> list[Box]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rsvlm.types import Boxes
+from edge_rsvlm.types import Boxes, iou
 
 PAIRS_AT_ONCE = 1 << 18
 
@@ -104,22 +104,13 @@ def suppress(ranked: Boxes, iou: float, growing_N: NDArray[np.bool_]) -> tuple[N
         undecided[worse_E[free[better_E]]] = False
 
 
-def _overlaps(ranked: Boxes, iou: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Pairs (better, worse) of one label whose intersection over union exceeds ``iou``."""
+def _overlaps(ranked: Boxes, most: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Pairs (better, worse) of one label whose intersection over union exceeds ``most``."""
     found = [(np.zeros(0, np.intp), np.zeros(0, np.intp))]
-    for a, b in _neighbours(ranked, iou):
-        over = _iou(ranked.xyxy_N4[a], ranked.xyxy_N4[b]) > iou
+    for a, b in _neighbours(ranked, most):
+        over = iou(ranked.xyxy_N4[a], ranked.xyxy_N4[b]) > most
         found.append((np.minimum(a, b)[over], np.maximum(a, b)[over]))
     return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
-
-
-def _iou(a_N4: NDArray[np.float64], b_N4: NDArray[np.float64]) -> NDArray[np.float64]:
-    sides = np.minimum(a_N4[:, 2:], b_N4[:, 2:]) - np.maximum(a_N4[:, :2], b_N4[:, :2])
-    shared = np.maximum(sides, 0).prod(axis=1)
-    areas = [(box[:, 2:] - box[:, :2]).prod(axis=1) for box in (a_N4, b_N4)]
-    union = areas[0] + areas[1] - shared
-    found: NDArray[np.float64] = np.divide(shared, union, out=np.zeros_like(union), where=union > 0)
-    return found
 
 
 def _neighbours(boxes: Boxes, iou: float) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:

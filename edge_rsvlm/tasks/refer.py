@@ -7,7 +7,6 @@ Letters: N objects, K kinds, F features, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from edge_rsvlm.tasks.scores import sigmoid
 from edge_rsvlm.tasks.text import Texts
-from edge_rsvlm.types import Boxes, InferenceSession
+from edge_rsvlm.types import Boxes, InferenceSession, iou
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -74,7 +73,7 @@ def _rank(values_N: F64, same_NN: NDArray[np.bool_]) -> NDArray[np.int64]:
     return before
 
 
-def one_of_each(objects: Boxes, most: int, iou: float = 0.5) -> Boxes:
+def one_of_each(objects: Boxes, most: int, most_iou: float = 0.5) -> Boxes:
     """Objects with one kind each, the likeliest, and of these the ``most`` with the best scores.
 
     A detector that is asked for several kinds may call one object by two names.
@@ -82,16 +81,8 @@ def one_of_each(objects: Boxes, most: int, iou: float = 0.5) -> Boxes:
     order = np.argsort(-objects.scores_N, kind="stable")
     kept: list[int] = []
     for n in order:
-        if all(_overlap(objects.xyxy_N4[n], objects.xyxy_N4[k]) <= iou for k in kept):
+        if (iou(objects.xyxy_N4[kept], objects.xyxy_N4[n]) <= most_iou).all():
             kept.append(int(n))
         if len(kept) == most:
             break
     return Boxes(objects.xyxy_N4[kept], objects.scores_N[kept], objects.labels_N[kept])
-
-
-def _overlap(a: Sequence[float] | F64, b: Sequence[float] | F64) -> float:
-    """Intersection over union of two boxes x0, y0, x1, y1."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    common = max(width, 0.0) * max(height, 0.0)
-    either = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common
-    return float(common / either) if either > 0 else 0.0

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm.bundle import load_bundle, packaged_folder
-from edge_rsvlm.evaluate.ground import iou
+from edge_rsvlm.evaluate.ground import overlaps
 from edge_rsvlm.evaluate.labels import chosen, locate, read_coco
 from edge_rsvlm.export.default.data.scenes import read_scenes
 from edge_rsvlm.export.default.splits import FOLDER
@@ -111,15 +111,15 @@ def _detected(session: Session, source: Source) -> list[Box]:
 
 def matched(found: Sequence[Box], truth: Sequence[Box]) -> Matched:
     """Each found box, best first, takes the labelled one that it overlaps most, by half at least."""
-    overlaps = iou(*(np.array(boxes, np.float64).reshape(-1, 4) for boxes in (found, truth)))
+    shared = overlaps(found, truth)
     right, wrong = [], []
-    for box, row in zip(found, overlaps, strict=True):
+    for box, row in zip(found, shared, strict=True):
         if row.max(initial=0.0) >= SAME_IOU:
-            overlaps[:, row.argmax()] = -1  # taken
+            shared[:, row.argmax()] = -1  # taken
             right.append(box)
         else:
             wrong.append(box)
-    missed = tuple(box for box, column in zip(truth, overlaps.T, strict=True) if not (column < 0).any())
+    missed = tuple(box for box, column in zip(truth, shared.T, strict=True) if not (column < 0).any())
     return Matched(tuple(right), tuple(wrong), missed)
 
 
