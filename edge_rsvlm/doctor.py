@@ -113,7 +113,7 @@ def _bundle(bundle: Bundle, engines: dict[str, Any]) -> dict[str, Any]:
 
 def _by_llama(manifest: Manifest) -> list[str]:
     """Tasks of which llama.cpp does something."""
-    from edge_rsvlm.pipeline.runtime import by_llama
+    from edge_rsvlm.config.offered import by_llama
 
     return [verb for verb, task in manifest.tasks if by_llama(task)]
 

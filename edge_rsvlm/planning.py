@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edge_rsvlm.budget import Demand, MemoryPlan, joined
+from edge_rsvlm.config.offered import task_of
 from edge_rsvlm.config.task_specs import AnswerTask
 from edge_rsvlm.errors import BudgetError
 from edge_rsvlm.pipeline.ask import read_features
-from edge_rsvlm.pipeline.runtime import task_of
 from edge_rsvlm.pipeline.session import Session, features_demand
 from edge_rsvlm.pipeline.stream import View
 from edge_rsvlm.raster.align import open_aligned

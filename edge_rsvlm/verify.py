@@ -15,10 +15,11 @@ from edge_rsvlm.bundle import Bundle, Rules, candidate
 from edge_rsvlm.bundle.contents import COPY_AGAIN, Problem
 from edge_rsvlm.bundle.zips import ZIP_ERRORS, open_zip
 from edge_rsvlm.config.manifest import Manifest, ProbeCase
+from edge_rsvlm.config.offered import by_llama, task_of
 from edge_rsvlm.config.task_specs import GenerateTask, GgufTask
 from edge_rsvlm.errors import BudgetError, BundleError
 from edge_rsvlm.pipeline.adapters import read_adapter
-from edge_rsvlm.pipeline.runtime import Runtime, by_llama, cpu_engine, task_of
+from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine
 from edge_rsvlm.pipeline.vocabulary import vocabulary_of
 from edge_rsvlm.tasks.gguf import GgufGenerator
 from edge_rsvlm.tasks.search import follow

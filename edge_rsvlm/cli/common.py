@@ -137,10 +137,10 @@ def make_query(session: Session, labels: Sequence[str], score: float | None, lik
 
     UsageError for what this bundle cannot look for, InputError for an example that cannot be used.
     """
+    from edge_rsvlm.config.offered import detect_task
     from edge_rsvlm.errors import UsageError
     from edge_rsvlm.pipeline.detect import LIKE, DetectQuery, wanted_labels
     from edge_rsvlm.pipeline.examples import example_task, parse_example
-    from edge_rsvlm.pipeline.runtime import detect_task
     from edge_rsvlm.pipeline.vocabulary import check_texts
     from edge_rsvlm.tasks.like import Examples
 

@@ -12,11 +12,11 @@ import click
 from edge_rsvlm.cli.common import ExitCode, progress_bar
 from edge_rsvlm.cli.orders import Order
 from edge_rsvlm.config.inputs import InputSpec
+from edge_rsvlm.config.offered import task_of
 from edge_rsvlm.errors import BudgetError
 from edge_rsvlm.geo import PixelMapper
 from edge_rsvlm.pipeline.ask import is_features
 from edge_rsvlm.pipeline.outcome import Outcome, Progress
-from edge_rsvlm.pipeline.runtime import task_of
 from edge_rsvlm.pipeline.segment import EXPERIMENTAL
 from edge_rsvlm.pipeline.session import Session, georeference
 from edge_rsvlm.sinks.geojson import GeoJsonWriter

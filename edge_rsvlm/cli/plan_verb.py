@@ -28,8 +28,8 @@ def command(
     **limits: Any,
 ) -> None:  # fmt: skip
     """Say in bytes what each task needs over IMAGES, without loading a model. Exit 4 if something does not fit."""
+    from edge_rsvlm.config.offered import offered_verbs
     from edge_rsvlm.errors import UsageError
-    from edge_rsvlm.pipeline.runtime import offered_verbs
     from edge_rsvlm.planning import plan_image, plan_pair
     from edge_rsvlm.raster.inputs import list_inputs
 

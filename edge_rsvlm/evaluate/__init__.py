@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm import scoring
+from edge_rsvlm.config.offered import detect_task
 from edge_rsvlm.config.task_specs import DetectTask
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.evaluate.labels import chosen, locate, read_captions, read_coco, read_labels, read_pairs, read_questions
 from edge_rsvlm.pipeline.detect import DetectQuery
 from edge_rsvlm.pipeline.outcome import Progress
-from edge_rsvlm.pipeline.runtime import detect_task
 from edge_rsvlm.pipeline.session import Session, georeference
 from edge_rsvlm.pipeline.vocabulary import check_texts
 from edge_rsvlm.raster.reader import open_raster

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm.config.manifest import Manifest
+from edge_rsvlm.config.offered import detect_task
 from edge_rsvlm.config.task_specs import DetectTask, TextDetectTask
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.pipeline.cut import cut
 from edge_rsvlm.pipeline.outcome import Outcome
-from edge_rsvlm.pipeline.runtime import Pace, Runtime, detect_task
+from edge_rsvlm.pipeline.runtime import Pace, Runtime
 from edge_rsvlm.pipeline.scaling import Scaling, scalings
 from edge_rsvlm.pipeline.stream import View
 from edge_rsvlm.tasks.encode import encode

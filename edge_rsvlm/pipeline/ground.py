@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_rsvlm.config.offered import object_task
 from edge_rsvlm.config.task_specs import BoxFormat, GenerateTask, GgufTask, OpenDetectTask, ReferTask
 from edge_rsvlm.errors import BundleError
 from edge_rsvlm.merge.boxes import concatenate, empty_boxes, take
@@ -14,7 +15,7 @@ from edge_rsvlm.pipeline.cut import extent_xy
 from edge_rsvlm.pipeline.detect import border_px, by_vectors, by_words
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
 from edge_rsvlm.pipeline.per_tile import Kept
-from edge_rsvlm.pipeline.runtime import Runtime, object_task
+from edge_rsvlm.pipeline.runtime import Runtime
 from edge_rsvlm.pipeline.stream import TileBatch, View
 from edge_rsvlm.tasks.generate import parse_boxes
 from edge_rsvlm.tasks.refer import one_of_each

@@ -10,6 +10,15 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from edge_rsvlm.bundle import Bundle
+from edge_rsvlm.config.offered import (
+    ask_task,
+    caption_task,
+    classify_task,
+    detect_task,
+    ground_task,
+    search_task,
+    segment_task,
+)
 from edge_rsvlm.pipeline.ask import AskOutcome, ask
 from edge_rsvlm.pipeline.caption import CaptionOutcome, caption
 from edge_rsvlm.pipeline.change import MaskRows
@@ -19,16 +28,7 @@ from edge_rsvlm.pipeline.detect import DetectQuery, detect
 from edge_rsvlm.pipeline.embed import EmbedOutcome, EmitVector, embed
 from edge_rsvlm.pipeline.ground import ground
 from edge_rsvlm.pipeline.outcome import Emit, Outcome
-from edge_rsvlm.pipeline.runtime import (
-    Runtime,
-    ask_task,
-    caption_task,
-    classify_task,
-    detect_task,
-    ground_task,
-    search_task,
-    segment_task,
-)
+from edge_rsvlm.pipeline.runtime import Runtime
 from edge_rsvlm.pipeline.segment import SegmentOutcome, Segments
 from edge_rsvlm.pipeline.stream import View
 from edge_rsvlm.pipeline.vocabulary import check_texts

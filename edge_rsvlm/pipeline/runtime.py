@@ -15,9 +15,9 @@ from edge_rsvlm.budget import MemoryPlan
 from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.inputs import TextEncoder
 from edge_rsvlm.config.manifest import Graph, Manifest
+from edge_rsvlm.config.offered import AnyTask, object_task, present
 from edge_rsvlm.config.task_specs import (
     AnswerTask,
-    AnyDetectTask,
     ChangeTask,
     DetectTask,
     GenerateTask,
@@ -31,7 +31,7 @@ from edge_rsvlm.config.task_specs import (
     Tasks,
     TextDetectTask,
 )
-from edge_rsvlm.errors import BundleError, UsageError
+from edge_rsvlm.errors import BundleError
 from edge_rsvlm.pipeline.adapters import Factors, read_adapter
 from edge_rsvlm.pipeline.outcome import Deadline, Progress
 from edge_rsvlm.pipeline.sharing import Shared, shared_outputs
@@ -51,10 +51,6 @@ from edge_rsvlm.tasks.text_detect import TextDetector
 from edge_rsvlm.types import InferenceSession, LanguageModel
 
 T = TypeVar("T")
-AnyTask = (
-    DetectTask | OpenDetectTask | TextDetectTask | ChangeTask | GenerateTask | GgufTask | AnswerTask | MatchTask
-    | ReferTask | SegmentTask
-)  # fmt: skip
 
 
 class Engine(Protocol):
@@ -275,7 +271,7 @@ def _lines(path: Path) -> list[str]:
 
 def _caches(tasks: Tasks, graph: str) -> frozenset[str]:
     """Names of the cache inputs of a graph that decodes."""
-    decoders = [task.decoder for _, task in _present(tasks) if isinstance(task, GenerateTask)]
+    decoders = [task.decoder for _, task in present(tasks) if isinstance(task, GenerateTask)]
     caches = [d.cache for d in decoders if isinstance(d, OnnxDecoder) and d.graph == graph]
     return frozenset(name for cache in caches for name in cache_names(cache).values())
 
@@ -284,96 +280,11 @@ def _most(tasks: Tasks, model: str) -> tuple[int, int]:
     """The longest context and the most beams of the tasks whose answers this GGUF model writes."""
     found = [
         (task.decoder.context_tokens, task.beams)
-        for _, task in _present(tasks)
+        for _, task in present(tasks)
         if isinstance(task, GenerateTask) and isinstance(task.decoder, GgufDecoder) and task.decoder.model.file == model
     ]
     contexts, beams = zip(*found, strict=True)
     return max(contexts), max(beams)
-
-
-def by_llama(task: AnyTask | None) -> bool:
-    """Whether llama.cpp writes a task's words."""
-    return isinstance(task, GgufTask) or (isinstance(task, GenerateTask) and isinstance(task.decoder, GgufDecoder))
-
-
-def _present(tasks: Tasks) -> list[tuple[str, AnyTask]]:
-    found = [(verb, getattr(tasks, verb)) for verb in Tasks.model_fields]
-    return [(verb, task) for verb, task in found if task is not None]
-
-
-def offered_verbs(manifest: Manifest) -> tuple[str, ...]:
-    """The tasks of a bundle, by the name of their verb."""
-    return tuple(verb for verb, _ in _present(manifest.tasks))
-
-
-def _lacking(manifest: Manifest, verb: str) -> UsageError:
-    can = ", ".join(offered_verbs(manifest)) or "nothing"
-    return UsageError(
-        f"bundle '{manifest.name}' has no {verb} task, it can do: {can}", fix="name another with --bundle"
-    )
-
-
-def task_of(manifest: Manifest, verb: str) -> AnyTask:
-    """The task behind a verb (``search`` for both index and search); UsageError when the bundle does not have it."""
-    task: AnyTask | None = getattr(manifest.tasks, verb)
-    if task is None:
-        raise _lacking(manifest, verb)
-    return task
-
-
-def detect_task(manifest: Manifest) -> AnyDetectTask:
-    if manifest.tasks.detect is None:
-        raise _lacking(manifest, "detect")
-    return manifest.tasks.detect
-
-
-def object_task(manifest: Manifest) -> TextDetectTask:
-    """What finds the objects of a ReferTask; only for a manifest that has one."""
-    task = manifest.tasks.detect
-    assert isinstance(task, TextDetectTask), "the manifest was checked"
-    return task
-
-
-def change_task(manifest: Manifest) -> ChangeTask:
-    if manifest.tasks.change is None:
-        raise _lacking(manifest, "change")
-    return manifest.tasks.change
-
-
-def caption_task(manifest: Manifest) -> GenerateTask | GgufTask:
-    if manifest.tasks.caption is None:
-        raise _lacking(manifest, "caption")
-    return manifest.tasks.caption
-
-
-def ask_task(manifest: Manifest) -> GenerateTask | GgufTask | AnswerTask:
-    if manifest.tasks.ask is None:
-        raise _lacking(manifest, "ask")
-    return manifest.tasks.ask
-
-
-def ground_task(manifest: Manifest) -> GenerateTask | GgufTask | OpenDetectTask | ReferTask:
-    if manifest.tasks.ground is None:
-        raise _lacking(manifest, "ground")
-    return manifest.tasks.ground
-
-
-def classify_task(manifest: Manifest) -> MatchTask:
-    if manifest.tasks.classify is None:
-        raise _lacking(manifest, "classify")
-    return manifest.tasks.classify
-
-
-def segment_task(manifest: Manifest) -> SegmentTask:
-    if manifest.tasks.segment is None:
-        raise _lacking(manifest, "segment")
-    return manifest.tasks.segment
-
-
-def search_task(manifest: Manifest) -> MatchTask:
-    if manifest.tasks.search is None:
-        raise _lacking(manifest, "search")
-    return manifest.tasks.search
 
 
 EngineFactory = Callable[[int, int], Engine]

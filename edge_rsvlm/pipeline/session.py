@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edge_rsvlm.budget import Demand, MemoryPlan, joined, plan_memory, process_bytes
 from edge_rsvlm.bundle import Bundle
+from edge_rsvlm.config.offered import ask_task, change_task, search_task, task_of
 from edge_rsvlm.config.task_specs import AnswerTask, Tasks
 from edge_rsvlm.errors import BudgetError, InputError
 from edge_rsvlm.pipeline.adapters import adapter_bytes, adapter_of
@@ -36,16 +37,7 @@ from edge_rsvlm.pipeline.requests import (
     grounding,
     segmenting,
 )
-from edge_rsvlm.pipeline.runtime import (
-    EngineFactory,
-    Pace,
-    Runtime,
-    ask_task,
-    change_task,
-    cpu_engine,
-    search_task,
-    task_of,
-)
+from edge_rsvlm.pipeline.runtime import EngineFactory, Pace, Runtime, cpu_engine
 from edge_rsvlm.pipeline.segment import SegmentOutcome
 from edge_rsvlm.pipeline.stream import View, scene_batches
 from edge_rsvlm.pipeline.views import demand, image_view, scene_view

@@ -6,11 +6,11 @@ import math
 
 from edge_rsvlm.budget import Demand
 from edge_rsvlm.config.inputs import InputSpec
+from edge_rsvlm.config.offered import AnyTask
 from edge_rsvlm.config.task_specs import ChangeTask, GenerateTask, GgufDecoder, SegmentTask
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.geo import PixelMapper, metres_per_pixel
 from edge_rsvlm.pipeline.outcome import Outcome
-from edge_rsvlm.pipeline.runtime import AnyTask
 from edge_rsvlm.pipeline.scaling import find_flaws
 from edge_rsvlm.pipeline.segment import MOST_LABELS
 from edge_rsvlm.pipeline.shapes import Shape, prepared_shape

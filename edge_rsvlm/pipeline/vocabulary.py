@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from edge_rsvlm.bundle import Bundle
 from edge_rsvlm.config.inputs import TextEncoder
+from edge_rsvlm.config.offered import AnyTask, task_of
 from edge_rsvlm.config.task_specs import GenerateTask, ReferTask, TextDetectTask
-from edge_rsvlm.pipeline.runtime import AnyTask, task_of
 from edge_rsvlm.tasks.vocabulary import check_words, read_vocabulary, unknown_words
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edge_rsvlm import scoring
 from edge_rsvlm.bundle import Bundle, load_bundle
+from edge_rsvlm.config.offered import detect_task
 from edge_rsvlm.config.task_specs import TextDetectTask
 from edge_rsvlm.evaluate import evaluate_change
 from edge_rsvlm.export import artifact
@@ -34,7 +35,7 @@ from edge_rsvlm.export.recipe import Recipe
 from edge_rsvlm.merge.boxes import BoxMerger
 from edge_rsvlm.pipeline.detect import LIKE
 from edge_rsvlm.pipeline.examples import embedded
-from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, detect_task
+from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine
 from edge_rsvlm.pipeline.session import Limits, Session
 from edge_rsvlm.scoring import Found, Truth
 from edge_rsvlm.tasks.encode import Features, encode

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 import edge_rsvlm
 from edge_rsvlm.bundle import Bundle
+from edge_rsvlm.config.offered import by_llama
 from edge_rsvlm.export.proof.accuracy import DEFAULT_TEXT, open_session
-from edge_rsvlm.pipeline.runtime import by_llama
 from edge_rsvlm.tasks.gguf import GgufGenerator, eight_bits
 from edge_rsvlm.tasks.search import Sampling
 from edge_rsvlm.verify import answer_logits

@@ -15,6 +15,7 @@ import numpy as np
 from edge_rsvlm.budget import process_bytes
 from edge_rsvlm.bundle import load_bundle
 from edge_rsvlm.config.inputs import InputSpec
+from edge_rsvlm.config.offered import object_task, task_of
 from edge_rsvlm.config.task_specs import (
     AnswerTask,
     ChangeTask,
@@ -26,7 +27,7 @@ from edge_rsvlm.config.task_specs import (
     SegmentTask,
     TextDetectTask,
 )
-from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, object_task, task_of
+from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine
 from edge_rsvlm.pipeline.scaling import per_channel
 from edge_rsvlm.tasks.encode import encode
 from edge_rsvlm.tasks.search import Sampling

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_rsvlm.config.inputs import InputSpec
+from edge_rsvlm.config.offered import offered_verbs, task_of
 from edge_rsvlm.errors import UsageError
 from edge_rsvlm.geo import metres_per_pixel
-from edge_rsvlm.pipeline.runtime import offered_verbs, task_of
 from edge_rsvlm.pipeline.session import Session, georeference
 from edge_rsvlm.raster.inputs import Source
 

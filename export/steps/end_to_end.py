@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edge_rsvlm.bundle import Bundle
+from edge_rsvlm.config.offered import detect_task, search_task
 from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, OpenDetectTask
 from edge_rsvlm.export.families.base import Arrays, Family, Source
 from edge_rsvlm.export.proof.gates import Check, Gate, agreement_check, tensor_checks
 from edge_rsvlm.export.proof.probe import TEXT, prepared
-from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine, detect_task, search_task
+from edge_rsvlm.pipeline.runtime import Runtime, cpu_engine
 from edge_rsvlm.tasks.search import Sampling
 
 UNBOUNDED = 0

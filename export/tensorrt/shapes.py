@@ -15,10 +15,10 @@ import onnx
 from edge_rsvlm.budget import BATCHES
 from edge_rsvlm.config.inputs import InputSpec, TextEncoder
 from edge_rsvlm.config.manifest import Manifest, ShapeRange
+from edge_rsvlm.config.offered import AnyTask
 from edge_rsvlm.config.task_specs import AnswerTask, GenerateTask, OnnxDecoder, ReferTask, TextDetectTask
 from edge_rsvlm.errors import InputError, UsageError
 from edge_rsvlm.export.tensorrt.dims import Dims, dims_of, inputs, size_of
-from edge_rsvlm.pipeline.runtime import AnyTask
 from edge_rsvlm.pipeline.shapes import Shape, prepared_shape
 from edge_rsvlm.pipeline.views import F32_BYTES, PROMPT_TOKENS
 from edge_rsvlm.tasks.decoder import cache_names
