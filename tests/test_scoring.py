@@ -9,7 +9,7 @@ import pytest
 
 from edge_rsvlm import scoring
 from edge_rsvlm.errors import UsageError
-from edge_rsvlm.scoring import Found, Truth
+from edge_rsvlm.scoring import Found, Truth, captions, detection
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +38,8 @@ def random_scene(rng, images=12, classes=("car", "boat")):
 def coco_ap(truth, found, name):
     """AP50 and AP50:95 of pycocotools' own accumulate()."""
     coco, cocoeval = scoring.detection_libraries()
-    labelled = scoring._dataset(coco, truth, [name])
-    evaluation = cocoeval.COCOeval(labelled, scoring._results(labelled, found, [name]), "bbox")
+    labelled = detection._dataset(coco, truth, [name])
+    evaluation = cocoeval.COCOeval(labelled, detection._results(labelled, found, [name]), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     precision_TR = evaluation.eval["precision"][:, :, 0, 0, -1]
@@ -142,7 +142,7 @@ def test_captions_score_as_pycocoevalcap_does():
     hypotheses = {i: [scoring.words(c)] for i, c in enumerate(said)}
     assert scores["CIDEr"].value == pytest.approx(cider.Cider().compute_score(clean, hypotheses)[0])
     assert scores["BLEU-4"].value == pytest.approx(bleu.Bleu(4).compute_score(clean, hypotheses, verbose=0)[0][3])
-    counts = np.array([scoring._bleu_counts(scorer, hypotheses[i][0], clean[i]) for i in clean], float)
+    counts = np.array([captions._bleu_counts(scorer, hypotheses[i][0], clean[i]) for i in clean], float)
     assert scoring.bleu4(counts.sum(axis=0)) == pytest.approx(scores["BLEU-4"].value)
     perfect = scoring.caption_scores([r[0] for r in references[1:3]], [[r[0]] for r in references[1:3]])
     assert [s.value for s in perfect] == pytest.approx([10.0, 1.0], abs=1e-6)

@@ -19,6 +19,7 @@ from edge_rsvlm.pipeline.examples import Box, example_task
 from edge_rsvlm.pipeline.outcome import Progress
 from edge_rsvlm.pipeline.session import Session, georeference
 from edge_rsvlm.scoring import Found, Truth
+from edge_rsvlm.scoring.sampling import SEED
 from edge_rsvlm.tasks.like import Examples
 
 
@@ -93,7 +94,7 @@ def _candidates(labelled: Sequence[Labelled]) -> Iterator[Example]:
 def _draws(candidates: Sequence[Example], wanted: FewShot) -> list[list[Example]]:
     """UsageError where a draw would leave nothing to find."""
     holders = {candidate.image for candidate in candidates}
-    rng = np.random.default_rng(scoring.SEED)
+    rng = np.random.default_rng(SEED)
     draws = []
     for _ in range(wanted.draws):
         picked = rng.permutation(len(candidates))[: wanted.examples]
