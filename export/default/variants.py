@@ -37,12 +37,12 @@ HEADLINE = {
 
 INTRO = """# Variants of the packaged model
 
-Made and measured by `python -m edge_rsvlm.export.default.variants`, on {machine}, one thread. Memory is the growth of
-anonymous memory from importing the engine to the open sessions, and per tile of a batch; files that are mapped do not
-count. Times are medians of {runs} whole commands on packaged scenes, sessions open, variants taking turns: the caption
-and an answer of `marina.webp`, the boxes and the trees of `airport_apron.webp`, the change of the `hongkong` pair.
-Scores are those of the model card's data. Who is outside the gate lost more of a task than an export lets through, and
-is here to be compared.
+Of version {version}, made and measured by `python -m edge_rsvlm.export.default.variants`, on {machine}, one thread.
+Memory is the growth of anonymous memory from importing the engine to the open sessions, and per tile of a batch;
+files that are mapped do not count. Times are medians of {runs} whole commands on packaged scenes, sessions open,
+variants taking turns: the caption and an answer of `marina.webp`, the boxes and the trees of `airport_apron.webp`,
+the change of the `hongkong` pair. Scores are those of the model card's data. Who is outside the gate lost more of a
+task than an export lets through, and is here to be compared.
 """
 
 
@@ -131,7 +131,8 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     options = parser.parse_args()
     variants = [make(target, options.data) for target in options.targets]
-    print(INTRO.format(machine=platform.machine(), runs=RUNS))
+    version = variants[0].bundle.manifest.version
+    print(INTRO.format(version=version, machine=platform.machine(), runs=RUNS))
     print(table(variants, times(variants)))
 
 
