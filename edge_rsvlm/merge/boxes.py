@@ -83,13 +83,15 @@ def _reading_order(boxes: Boxes) -> NDArray[np.intp]:
     return np.lexsort((boxes.labels_N, -boxes.scores_N, x1, y0, x0, y1))
 
 
-def suppress(ranked: Boxes, iou: float, growing_N: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def suppress(
+    ranked: Boxes, most_iou: float, growing_N: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(kept, undecided) of boxes that are sorted best first; the others are suppressed.
 
     ``growing_N`` marks boxes that one not seen yet may suppress. They stay undecided, and so does what only they could
     suppress, unless a kept box suppresses it anyway. Each round decides every box whose better overlaps are decided.
     """
-    better_E, worse_E = _overlaps(ranked, iou)
+    better_E, worse_E = _overlaps(ranked, most_iou)
     undecided = np.ones(len(growing_N), bool)
     kept = np.zeros(len(growing_N), bool)
     while True:
@@ -104,26 +106,26 @@ def suppress(ranked: Boxes, iou: float, growing_N: NDArray[np.bool_]) -> tuple[N
         undecided[worse_E[free[better_E]]] = False
 
 
-def _overlaps(ranked: Boxes, most: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Pairs (better, worse) of one label whose intersection over union exceeds ``most``."""
+def _overlaps(ranked: Boxes, most_iou: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Pairs (better, worse) of one label whose intersection over union exceeds ``most_iou``."""
     found = [(np.zeros(0, np.intp), np.zeros(0, np.intp))]
-    for a, b in _neighbours(ranked, most):
-        over = iou(ranked.xyxy_N4[a], ranked.xyxy_N4[b]) > most
+    for a, b in _neighbours(ranked, most_iou):
+        over = iou(ranked.xyxy_N4[a], ranked.xyxy_N4[b]) > most_iou
         found.append((np.minimum(a, b)[over], np.maximum(a, b)[over]))
     return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
 
 
-def _neighbours(boxes: Boxes, iou: float) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """Every pair, once, that may exceed ``iou``.
+def _neighbours(boxes: Boxes, most_iou: float) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Every pair, once, that may exceed ``most_iou``.
 
-    Sides of such a pair differ by less than 1 / iou, and their centres by less than the longer side. So boxes are
+    Sides of such a pair differ by less than 1 / most_iou, and their centres by less than the longer side. So boxes are
     sorted into levels by their longer side, and each level is joined with those near it in cells of the coarser one.
     """
     longest_N = (boxes.xyxy_N4[:, 2:] - boxes.xyxy_N4[:, :2]).max(axis=1, initial=0.0)
     with np.errstate(divide="ignore"):
         levels_N = np.floor(np.log2(longest_N))
     levels = [float(level) for level in np.unique(levels_N) if np.isfinite(level)]
-    reach = math.ceil(math.log2(1 / iou))
+    reach = math.ceil(math.log2(1 / most_iou))
     for i, coarse in enumerate(levels):
         for fine in levels[: i + 1]:
             if coarse - fine <= reach:
