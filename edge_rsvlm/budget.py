@@ -26,6 +26,8 @@ READ_PIXELS = (4 * MIB, 2 * MIB, MIB)
 JOIN = " + "
 SLACK = 1.10
 """Allocators keep some freed memory."""
+BETWEEN_STARTS_BYTES = 2 * MIB
+"""By how much a process may be larger when it is started again with the memory that it was advised to give."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def plan_memory(demands: Sequence[Demand], *, limit_bytes: int, base_bytes: int 
             if candidate.total_bytes <= limit_bytes:
                 return candidate
     needs = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.items)
-    fit = format_bytes(math.ceil(plan.total_bytes / MIB) * MIB)
+    fit = format_bytes(math.ceil((plan.total_bytes + BETWEEN_STARTS_BYTES) / MIB) * MIB)
     tasks = ", ".join(dict.fromkeys(d.task for d in demands))
     raise BudgetError(
         f"{tasks} needs at least {format_bytes(plan.total_bytes)} ({needs}) and may take {format_bytes(limit_bytes)}",

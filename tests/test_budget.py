@@ -1,6 +1,6 @@
 import pytest
 
-from edge_rsvlm.budget import BATCHES, MIB, Demand, plan_memory
+from edge_rsvlm.budget import BATCHES, BETWEEN_STARTS_BYTES, MIB, Demand, plan_memory
 from edge_rsvlm.errors import BudgetError
 from tests.fakes import parsed
 
@@ -35,9 +35,12 @@ def test_refusal_names_the_numbers_and_what_would_fit():
     with pytest.raises(BudgetError, match=r"--memory \d+MiB") as refused:
         plan_memory([demand()], limit_bytes=60 * MIB, base_bytes=50 * MIB)
     offered = int(str(refused.value).split("--memory ")[1].split("MiB")[0])
-    assert plan_memory([demand()], limit_bytes=offered * MIB, base_bytes=50 * MIB).batch == BATCHES[-1]
+    larger_start = 50 * MIB + BETWEEN_STARTS_BYTES // 2
+    assert plan_memory([demand()], limit_bytes=offered * MIB, base_bytes=larger_start).batch == BATCHES[-1]
+    needed = offered * MIB - BETWEEN_STARTS_BYTES
+    assert plan_memory([demand()], limit_bytes=needed, base_bytes=50 * MIB).total_bytes <= needed
     with pytest.raises(BudgetError):
-        plan_memory([demand()], limit_bytes=(offered - 1) * MIB, base_bytes=50 * MIB)
+        plan_memory([demand()], limit_bytes=needed - MIB, base_bytes=50 * MIB)
 
 
 def test_whole_images_count_what_they_decode_to():

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import edge_rsvlm.cli
+from edge_rsvlm.budget import MIB
 from edge_rsvlm.errors import EdgeRsvlmError
 from edge_rsvlm.pipeline.session import Session
 from tests.fakes import fake_engine, write_bundle
@@ -98,7 +99,10 @@ def test_a_scene_off_earth_is_in_pixels(run, tmp_path):
     assert json.loads((tmp_path / "o.geojson").read_text())["features"][0]["properties"]["crs"] is None
 
 
-def test_refusal_says_the_numbers_and_what_would_fit(run, scene, tmp_path):
+def test_refusal_says_the_numbers_and_what_would_fit(run, scene, tmp_path, monkeypatch):
+    # This process grows from test to test; that of a user starts anew, a little larger or smaller.
+    init, starts = Session.__init__, iter((100 * MIB, 101 * MIB))
+    monkeypatch.setattr(Session, "__init__", lambda self, *a, **k: init(self, *a, _base_bytes=next(starts), **k))
     code, out, err = run("detect", scene, "--memory", "1MiB", "--output", tmp_path / "o.geojson")
     assert (code, out) == (4, "") and not (tmp_path / "o.geojson").exists()
     fits = re.search(r"give --memory (\S+)", err).group(1)
