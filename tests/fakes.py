@@ -45,7 +45,7 @@ def manifest(files: Mapping[str, Any] | None = None, **input_options: Any) -> di
     """A valid manifest with a detect and a change head; ``input_options`` override the input spec."""
     spec = {**INPUT, **input_options}
     return {
-        "schema_version": 3,
+        "schema_version": 4,
         "name": "fake",
         "version": 1,
         "description": "for tests",
@@ -75,7 +75,7 @@ def manifest(files: Mapping[str, Any] | None = None, **input_options: Any) -> di
                 "threshold": 0.5,
                 "mirrored": False,
                 "min_area_m2": 0,
-                "min_area_px": 1,
+                "min_cells": 4,
                 "memory": MEMORY,
             },
         },

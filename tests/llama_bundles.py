@@ -94,7 +94,7 @@ def _write(folder: Path, task: Mapping[str, Any], graphs: Mapping[str, Any]) -> 
         "caption": {**task, "prompt": PROMPT.replace("{text}", "Describe this image.")},
     }
     fields = {
-        "schema_version": 3, "name": "tiny", "version": 1, "description": "for tests", "licence": "Apache-2.0",
+        "schema_version": 4, "name": "tiny", "version": 1, "description": "for tests", "licence": "Apache-2.0",
         "training_data": [], "graphs": graphs, "tasks": tasks, "probe": [],
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(fields))

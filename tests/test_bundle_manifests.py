@@ -110,7 +110,7 @@ HOSTILE = {
     "long key": (manifest_text(**{"k" * 1_000_000: "0"}), "not permitted"),
     "escape codes": (manifest_text(**{"\x1b[2J": "0"}), r"\\x1b\[2J"),
     "older schema": (manifest_text(schema_version="1"), "schema is 1.*export the bundle again"),
-    "newer schema": (manifest_text(schema_version="4"), "schema is 4.*update edge-rsvlm"),
+    "newer schema": (manifest_text(schema_version="5"), "schema is 5.*update edge-rsvlm"),
     "no schema": (manifest_text(schema_version="null"), "schema_version"),
     "unknown kind": (manifest_text(tasks='{"detect": {"kind": "heatmap"}}'), "'heatmap'; did you mean 'heat_map'"),
     "no kind": (manifest_text(tasks='{"ask": {}}'), "no kind; add it"),

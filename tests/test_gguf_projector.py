@@ -186,7 +186,7 @@ def test_text_models_alone_leave_the_graphs_that_see(made):
     description = case.family.describe(case.source)
     graphs = {name: {"file": f"{name}.onnx", "precision": "f32", **roles} for name, roles in description.graphs.items()}
     fields = {
-        "schema_version": 3, "name": "tiny", "version": 1, "description": "", "licence": "", "training_data": (),
+        "schema_version": 4, "name": "tiny", "version": 1, "description": "", "licence": "", "training_data": (),
         "graphs": graphs, "tasks": {verb: {**task, "memory": MEMORY} for verb, task in description.tasks.items()},
         "probe": (), "files": {},
     }  # fmt: skip

@@ -265,6 +265,7 @@ def test_only_answers_are_learnt(tokenizer):
 def test_answers_weigh_as_much_as_captions(tokenizer):
     import torch
 
+    from edge_rsvlm.export.default.likelihood import likelihood
     from edge_rsvlm.export.default.model.decoder import DecoderConfig
     from edge_rsvlm.export.default.model.language import TOKEN_CHANNELS, Language
     from edge_rsvlm.export.default.stages.language import IGNORE, loss, padded
@@ -280,6 +281,34 @@ def test_answers_weigh_as_much_as_captions(tokenizer):
     mean = (answers * apart["answers"] + captions * apart["captions"]) / (answers + captions)
     torch.testing.assert_close(mean, whole["words"], rtol=1e-4, atol=1e-4)
     assert silent["answers"] == 0
+    found = likelihood([model], [batch])
+    assert {"captions": found.captions, "answers": found.answers} == pytest.approx(
+        {name: float(value) for name, value in apart.items()}, rel=1e-4
+    )
+
+
+def test_a_student_that_says_what_its_teachers_say_has_nothing_to_learn(tokenizer):
+    import torch
+
+    from edge_rsvlm.export.default.model.decoder import DecoderConfig
+    from edge_rsvlm.export.default.model.language import TOKEN_CHANNELS, Language
+    from edge_rsvlm.export.default.stages.language import Teachers, loss, next_logits, padded
+
+    torch.manual_seed(0)
+    first, second, student = (Language(DecoderConfig(tokenizer.get_vocab_size(), dropout=0.0)).eval() for _ in range(3))
+    said = [[("<ask>many cars<answer>", "two"), ("<bos>", "two green trees")]]
+    batch = padded(tokenizer, said, 3) | {"tokens": torch.randn(1, TOKEN_CHANNELS, 2, 2)}
+
+    def steepest(teachers):
+        student.zero_grad()
+        loss(student, batch, 0.1, apart=False, taught=Teachers(teachers, 1.0))["words"].backward()
+        return max(float(p.grad.abs().max()) for p in student.parameters())
+
+    alone = steepest([first])
+    student.load_state_dict(first.state_dict())
+    assert steepest([first]) < 0.05 * min(alone, steepest([second]))
+    mean = (next_logits(first, batch).softmax(dim=1) + next_logits(second, batch).softmax(dim=1)) / 2
+    torch.testing.assert_close(Teachers([first, second], 1.0)(batch), mean)
 
 
 def test_padding_changes_no_text(tokenizer):

@@ -105,7 +105,7 @@ def _tasks() -> dict[str, Any]:
     }  # fmt: skip
     change = {
         "input": INPUT, "encoder": "main", "head": "second", "encoder_outputs": ["y"], "stride": 2, "threshold": 0.5,
-        "mirrored": True, "min_area_m2": 0, "min_area_px": 1, "memory": MEMORY,
+        "mirrored": True, "min_area_m2": 0, "min_cells": 1, "memory": MEMORY,
     }  # fmt: skip
     return {
         "classify": match, "search": match, "caption": generate, "ground": generate, "ask": ask, "detect": detect,
@@ -116,7 +116,7 @@ def _tasks() -> dict[str, Any]:
 def manifest(contents: Mapping[str, bytes], **changed: Any) -> dict[str, Any]:
     ends = {"inputs": {"tiles": "x"}, "outputs": {"features": "y"}, "precision": "f32"}
     return {
-        "schema_version": 3,
+        "schema_version": 4,
         "name": "tiny",
         "version": 3,
         "description": "for tests",

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from edge_rsvlm.config.model import Model
 from edge_rsvlm.config.task_specs import Tasks
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 
 
@@ -142,7 +142,7 @@ class StepRecord(Model):
 
 
 class Manifest(Model):
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     name: str
     version: int = Field(ge=1)
     """Monotonic: a higher number is newer."""

@@ -136,7 +136,8 @@ class ChangeTask(Model):
     mirrored: bool
     """Probabilities are the mean of the pair's and of its mirror image's: twice the work."""
     min_area_m2: float = Field(ge=0)
-    min_area_px: int = Field(ge=1)
+    min_cells: int = Field(ge=1)
+    """Of the head's map, of stride² pixels of its input each: a region of fewer is what noise gives."""
     memory: TaskMemory
 
 

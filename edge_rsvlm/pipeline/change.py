@@ -26,8 +26,6 @@ from edge_rsvlm.raster.shift import STILL, Shift
 
 TOLD_FROM_PX = 0.5
 """A larger shift that was corrected is told in words."""
-LEAST_CELLS = 4
-"""Of the head's output: a region of fewer is what noise gives."""
 
 MaskRows = Callable[[int, NDArray[np.uint8]], None]
 """Called with the first row and rows [R, W] of a mask, in order; what the values mean is the task's to say."""
@@ -147,8 +145,7 @@ def change(
 
 def _least_px(task: ChangeTask, view: View) -> int:
     """Raster pixels of the smallest region."""
-    cell_px = task.stride**2 * math.prod(view.scale_xy)
-    return max(task.min_area_px, round(LEAST_CELLS * cell_px))
+    return max(1, round(task.min_cells * task.stride**2 * math.prod(view.scale_xy)))
 
 
 def _compare(runtime: Runtime, task: ChangeTask, tiles: TileBatch, kept: NDArray[np.intp]) -> NDArray[np.float32]:

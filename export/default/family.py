@@ -51,7 +51,7 @@ from edge_rsvlm.export.default.model.appearance import MAPS as APPEARANCE_MAPS
 from edge_rsvlm.export.default.model.decoder import DecoderConfig
 from edge_rsvlm.export.default.model.encoder import CHANNELS, STEM_BANDS, STRIDES
 from edge_rsvlm.export.default.stages import appearance, language, match, vision
-from edge_rsvlm.export.default.stages.features import ANSWER, ASK, tokens_of
+from edge_rsvlm.export.default.stages.features import tokens_of
 from edge_rsvlm.export.default.stages.match import MOST_SCALE
 from edge_rsvlm.export.families.base import Arrays, Description, Family, GraphInput, GraphPlan, Source
 from edge_rsvlm.export.families.generation import roles
@@ -110,7 +110,7 @@ class Default(Family):
         height, width = image_HWC.shape[:2]
         tile = cut(image_HWC, (0, 0, width, height), (TILE_PX, TILE_PX), RGB_BANDS, U8_RANGE)
         tokenizer = Tokenizer.from_file(str(source.folder / language.NAME / language.TOKENIZER_NAME))
-        asked = tokenizer.encode(f"{ASK}{text}{ANSWER}", add_special_tokens=False).ids
+        asked = tokenizer.encode(language.prompt_of(text), add_special_tokens=False).ids
         answer: list[int] = []
         with torch.no_grad():
             seen = tokens_of(model.encoder(torch.from_numpy(tile)[None]))

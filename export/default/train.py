@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,24 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/train"), help="artifacts, checkpoints and caches")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
     parser.add_argument("--minutes-scale", type=float, default=1.0, help="multiplies the time of every training stage")
+    parser.add_argument(
+        "--teachers", action="store_true", help="the decoder learns from several: twice the time in all"
+    )
     parser.add_argument("--adopt", action="store_true", help="what was trained replaces export/default/weights")
     options = parser.parse_args()
     if options.adopt and options.until != STAGES[-1]:
         parser.error("--adopt takes the weights of all stages: leave --until out")
     options.work.mkdir(parents=True, exist_ok=True)
-    train(options.data, options.work, options.until, options.minutes_scale)
+    train(options.data, options.work, options.until, options.minutes_scale, with_teachers=options.teachers)
     if options.adopt:
         adopt(options.work, WEIGHTS)
 
 
-def train(data: Path, work: Path, until: str, scale: float) -> None:
-    """Every stage up to ``until``; ``scale`` multiplies the minutes of each."""
+def train(data: Path, work: Path, until: str, scale: float, *, with_teachers: bool = False) -> None:
+    """Every stage up to ``until``; ``scale`` multiplies the minutes of each.
+
+    ``with_teachers`` the decoder is the student of others, which are trained first.
+    """
 
     def scaled(defaults: dict[str, Any]) -> dict[str, Any]:
         return {"minutes": defaults["minutes"] * scale}
@@ -56,7 +63,12 @@ def train(data: Path, work: Path, until: str, scale: float) -> None:
     report(match.run(data, work, scaled(match.DEFAULTS), imported, seen))
     if until == match.NAME:
         return
-    report(language.run(data, work, scaled(language.DEFAULTS), imported, seen))
+    decoder = partial(language.run, data, work, backbone=imported, vision=seen)
+    teachers = [
+        report(decoder(own | scaled(language.DEFAULTS | own), name=f"teacher-{n}"))
+        for n, own in enumerate(language.TEACHERS if with_teachers else ())
+    ]
+    report(decoder(scaled(language.TAUGHT if teachers else language.DEFAULTS), teachers=teachers))
     if until == language.NAME:
         return
     report(refer.run(data, work, scaled(refer.DEFAULTS), imported))
