@@ -86,3 +86,11 @@ def needs():
         return None
 
     return check
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """That of the default model, of a few words."""
+    from edge_rsvlm.export.default.stages.features import tokenizer_of
+
+    return tokenizer_of(["there is an airplane at the airport", "many cars in a parking lot", "two green trees"] * 20)
