@@ -26,8 +26,8 @@ test: $(VENV)/.developer
 bench: $(VENV)/.developer
 	$(BIN)/python -m pytest benchmarks -s
 
-# The packaged model anew, from ../shared/data. Its stages train for set times, 123 minutes together, and take more steps
-# on a faster machine: `make model MINUTES_SCALE=0.2` trains for 25 minutes.
+# The packaged model anew, from ../shared/data. Its stages train for set times, 163 minutes together, and take more steps
+# on a faster machine: `make model MINUTES_SCALE=0.2` trains for 33 minutes.
 model: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --editable ".[export,search]"
 	$(BIN)/python -m edge_rsvlm.export.default.train --adopt --minutes-scale $(MINUTES_SCALE)

@@ -18,7 +18,7 @@ pytest.importorskip("transformers", reason="needs transformers: not installed")
 
 from edge_rsvlm.cli import eval_verb
 from edge_rsvlm.export.default import robustness
-from edge_rsvlm.export.default.baselines import Baselines, usual_answers
+from edge_rsvlm.export.default.baselines import Baselines, Captions, usual_answers
 from edge_rsvlm.export.default.data.scenes import Scene
 from edge_rsvlm.export.default.describe import Thresholds
 from edge_rsvlm.export.default.model_card import CardFacts, write_card
@@ -85,8 +85,9 @@ def test_the_card(tmp_path):
     counted = {"stage": "appearance", "config": {"crops": 3}, "metrics": {}}
     told = {"this model": Truth(0.9, 0.4)}
     worse = [Loss("caption", "CIDEr", "haze", 2.0, 1.5), Loss("detect", "AP50", "haze", 0.8, 0.84)]
+    beaten = Baselines(Captions(1, 0.5), Captions(0.7, 0.2), 0.25, 0.75, 0.1, Truth(1, 1))
     facts = CardFacts(
-        fields, [stage, counted], cuts, Baselines(1, 0.5, 0.25, 0.75, 0.1, Truth(1, 1)), told, worse, 61,
+        fields, [stage, counted], cuts, beaten, told, worse, 61,
         {"car": 1237}, {"for objects": 42},
     )  # fmt: skip
     write_card(tmp_path / "card.md", facts)
@@ -95,7 +96,8 @@ def test_the_card(tmp_path):
         "# toy-model\n", "`encoder` int8, `text` f16", "TensorRT (encoder)",
         "Research only. Trained on:\n\n- toys (CC0)\n",
         "| toy | F1 | 0.500 | 0.250 - 0.750 | 4 |", "words (0.35) and examples", "0.30 for pisa",
-        "| accuracy | 0.750 |", "| this model | 0.900 | 0.400 |", "| haze | 25.0% | -5.0% |",
+        "| accuracy | 0.750 |", "RSICD: the same | CIDEr | 0.700 |",
+        "| this model | 0.900 | 0.400 |", "| haze | 25.0% | -5.0% |",
         "## What fewer bits cost", "car 1,237", "42 words for objects", "- `vision`: 10 steps (minutes 60.0)",
         "- `appearance`: nothing is trained (crops 3)",
     ):  # fmt: skip

@@ -47,6 +47,24 @@ def test_a_set_with_unlabelled_objects_is_trusted_near_labelled_ones_only():
     assert not made.trust[:, 5, 5].any() and not made.trust[:, 60, 60].any()
 
 
+def test_where_a_label_is_missing_nothing_of_its_kinds_is_there():
+    from edge_rsvlm.export.default.data.absent import AbsentData, lacks
+    from edge_rsvlm.export.default.data.objects import KINDS
+    from edge_rsvlm.export.default.data.scenes import Scene, SceneSet
+
+    named = [("road", ("cars", "pavement")), ("marina", ("ship", "cars", "airplane"))]
+    scenes = [Scene("toy", label, label, labels, ()) for label, labels in named]
+    missing = {kind: bool(lacks(scenes[0])[n]) for n, kind in enumerate(KINDS)}
+    assert missing["airplane"] and missing["helicopter"] and missing["boat"]
+    assert not missing["car"] and not missing["truck"]
+    images = {name: np.full((256, 256, 3), 90, np.uint8) for name, _ in named}
+    data = AbsentData(SceneSet(scenes, {"toy": images}), np.arange(2))
+    assert data.usable.tolist() == [0], "the marina lacks nothing"
+    tile, made = data.sample(np.random.default_rng(0))
+    assert tile.shape == (5, 256, 256) and not len(made.peaks) and not made.heat.any()
+    assert made.trust[KINDS.index("boat")].all() and not made.trust[KINDS.index("van")].any()
+
+
 def test_what_is_not_taught_is_nowhere_in_words_and_never_a_target():
     from edge_rsvlm.export.default.data.objects import KINDS, QUERIES, SETS
     from edge_rsvlm.export.default.data.scenes import Scene

@@ -61,7 +61,7 @@ def test_a_student_that_says_what_its_teachers_say_has_nothing_to_learn(tokenize
 
     from edge_rsvlm.export.default.model.decoder import DecoderConfig
     from edge_rsvlm.export.default.model.language import TOKEN_CHANNELS, Language
-    from edge_rsvlm.export.default.stages.language import Teachers, loss, next_logits, padded
+    from edge_rsvlm.export.default.stages.language import Teachers, loss, next_logits, padded, together
 
     torch.manual_seed(0)
     first, second, student = (Language(DecoderConfig(tokenizer.get_vocab_size(), dropout=0.0)).eval() for _ in range(3))
@@ -77,7 +77,7 @@ def test_a_student_that_says_what_its_teachers_say_has_nothing_to_learn(tokenize
     student.load_state_dict(first.state_dict())
     assert steepest([first]) < 0.05 * min(alone, steepest([second]))
     mean = (next_logits(first, batch).softmax(dim=1) + next_logits(second, batch).softmax(dim=1)) / 2
-    torch.testing.assert_close(Teachers([first, second], 1.0)(batch), mean)
+    torch.testing.assert_close(together([first, second], batch), mean)
 
 
 def test_padding_changes_no_text(tokenizer):

@@ -24,7 +24,7 @@ from edge_rsvlm.export import artifact
 from edge_rsvlm.export.default.data.captions import tidy
 from edge_rsvlm.export.default.data.change import oscd_pair
 from edge_rsvlm.export.default.data.questions import asked
-from edge_rsvlm.export.default.data.scenes import Scene, SceneSet, training_ucm, ucm
+from edge_rsvlm.export.default.data.scenes import Scene, SceneSet, rsicd, training_rsicd, training_ucm, ucm
 from edge_rsvlm.export.default.model.encoder import Encoder, Head1280, load_rgb_weights
 from edge_rsvlm.export.default.splits import held_out
 from edge_rsvlm.export.default.stages import backbone
@@ -36,30 +36,46 @@ SMOOTH_PX = 5
 
 
 @dataclass(frozen=True)
-class Baselines:
-    """``cider`` and ``bleu4`` of captions, accuracy of ``classes`` and ``answers``, F1 of ``change``."""
-
+class Captions:
     cider: float
     bleu4: float
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Of captions of UCM and RSICD, accuracy of ``classes`` and ``answers``, F1 of ``change``."""
+
+    ucm: Captions
+    rsicd: Captions
     classes: float
     answers: float
     change: float
     told: Truth
-    """What those captions name."""
+    """What the captions of UCM name."""
 
 
 def baselines(data: Path, work: Path, cache: Path) -> Baselines:
-    """On UCM's validation part, from the same training images as the model, and on the held-out cities."""
+    """On held-out images, from the same training images as the model, and on the held-out cities."""
     scenes = ucm(data, cache)
     known = training_ucm(scenes, artifact.load(work / backbone.NAME))
     others = np.array([i for i, s in enumerate(scenes.scenes) if s.source == "ucm_val"])
     nearest = _nearest(scenes, known, others, data)
     right = [scenes.scenes[i].scene == scenes.scenes[row[0]].scene for i, row in zip(others, nearest, strict=True)]
     said = consensus(scenes, nearest)
-    cider, bleu4 = caption_scores(scenes, others, said)
     told = truth(said, [scenes.scenes[i].labels for i in others])
     learnt, unseen = ([scenes.scenes[i] for i in part] for part in (known, others))
-    return Baselines(cider, bleu4, float(np.mean(right)), usual_answers(learnt, unseen), change_vectors(data), told)
+    return Baselines(
+        caption_scores(scenes, others, said), rsicd_captions(data, cache), float(np.mean(right)),
+        usual_answers(learnt, unseen), change_vectors(data), told,
+    )  # fmt: skip
+
+
+def rsicd_captions(data: Path, cache: Path) -> Captions:
+    """The consensus captions of RSICD's held-out images."""
+    scenes = rsicd(data, cache)
+    known = training_rsicd(scenes)
+    others = np.setdiff1d(np.arange(len(scenes)), known)
+    return caption_scores(scenes, others, consensus(scenes, _nearest(scenes, known, others, data)))
 
 
 def _nearest(scenes: SceneSet, known: NDArray[np.int64], others: NDArray[np.int64], data: Path) -> NDArray[np.int64]:
@@ -79,11 +95,10 @@ def consensus(scenes: SceneSet, nearest: NDArray[np.int64]) -> list[str]:
     return [_most_agreed([c for k in row for c in captions[k]]) for row in nearest]
 
 
-def caption_scores(scenes: SceneSet, others: NDArray[np.int64], said: list[str]) -> tuple[float, float]:
-    """CIDEr and BLEU-4."""
+def caption_scores(scenes: SceneSet, others: NDArray[np.int64], said: list[str]) -> Captions:
     captions = [[tidy(c) for c in scenes.scenes[i].captions] for i in others]
     scores = {s.metric: s.value for s in scoring.caption_scores(said, captions)}
-    return scores["CIDEr"], scores["BLEU-4"]
+    return Captions(scores["CIDEr"], scores["BLEU-4"])
 
 
 def usual_answers(known: Iterable[Scene], others: Iterable[Scene]) -> float:

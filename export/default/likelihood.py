@@ -22,7 +22,7 @@ from edge_rsvlm.export.default.data.questions import asked
 from edge_rsvlm.export.default.data.words import sentences
 from edge_rsvlm.export.default.model.language import Language
 from edge_rsvlm.export.default.stages import backbone, features, vision
-from edge_rsvlm.export.default.stages.language import IGNORE, Batch, Teachers, padded, prompt_of, trained
+from edge_rsvlm.export.default.stages.language import IGNORE, Batch, padded, prompt_of, together, trained
 
 IMAGES = 35
 """At a time."""
@@ -53,10 +53,10 @@ def validation(seen: features.Scenes) -> Iterator[Batch]:
 
 def likelihood(models: Sequence[Language], batches: Sequence[Batch]) -> Likelihood:
     """Of the mean of what ``models`` say."""
-    together, lost, tokens = Teachers(models, 1.0), np.zeros(2), np.zeros(2)
+    lost, tokens = np.zeros(2), np.zeros(2)
     for batch in batches:
         known = batch["expected"].flatten(1) != IGNORE
-        each = F.nll_loss(together(batch).log(), batch["expected"].flatten(1)[known], reduction="none")
+        each = F.nll_loss(together(models, batch).log(), batch["expected"].flatten(1)[known], reduction="none")
         answers = batch["asked"][..., None].expand_as(batch["expected"]).flatten(1)[known]
         for kind, part in enumerate((~answers, answers)):
             lost[kind] += float(each[part].sum())

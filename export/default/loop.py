@@ -42,9 +42,9 @@ class Averaged:
                 self.state[name].copy_(value)
 
 
-def rate(progress: float, step: int) -> float:
+def rate(progress: float, step: int, warmup: int = WARMUP_STEPS) -> float:
     """Warm-up by steps, then half a cosine over the time budget, down to 2 %."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 def ahead(make: Callable[[], T], depth: int = 6) -> Iterator[T]:
@@ -71,7 +71,8 @@ def train(
     """Minimise the sum of ``step_loss(progress)``, which is told the share of the time that is gone, for ``minutes``;
     returns averaged weights and what was seen.
 
-    ``groups`` are AdamW parameter groups, each with its own ``lr``. Losses go to a ``.jsonl`` beside ``checkpoint``.
+    ``groups`` are AdamW parameter groups, each with its own ``lr`` and, where it is not WARMUP_STEPS, ``warmup``.
+    Losses go to a ``.jsonl`` beside ``checkpoint``.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
     peak_rates = [g["lr"] for g in optimizer.param_groups]
@@ -82,7 +83,7 @@ def train(
     seen: dict[str, float] = {}
     while (spent := used_s + time.monotonic() - begun) < minutes * 60:
         for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
-            group["lr"] = peak * rate(spent / (minutes * 60), step)
+            group["lr"] = peak * rate(spent / (minutes * 60), step, group.get("warmup", WARMUP_STEPS))
         losses = step_loss(spent / (minutes * 60))
         total = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad(set_to_none=True)

@@ -71,8 +71,10 @@ Simple baselines on the same images (`python -m edge_rsvlm.export.default.baseli
 
 | what | measure | baseline |
 |---|---|---|
-| captions: the consensus of the {neighbours} nearest training images | CIDEr | {facts.baselines.cider:.3f} |
-| captions: the same | BLEU-4 | {facts.baselines.bleu4:.3f} |
+| captions of UCM: the consensus of the {neighbours} nearest training images | CIDEr | {facts.baselines.ucm.cider:.3f} |
+| captions of UCM: the same | BLEU-4 | {facts.baselines.ucm.bleu4:.3f} |
+| captions of RSICD: the same | CIDEr | {facts.baselines.rsicd.cider:.3f} |
+| captions of RSICD: the same | BLEU-4 | {facts.baselines.rsicd.bleu4:.3f} |
 | classes: that of the nearest training image | accuracy | {facts.baselines.classes:.3f} |
 | questions: the usual answer to the same question | accuracy | {facts.baselines.answers:.3f} |
 | change of the OSCD cities: smoothed change vectors, cut where it is best | F1 | {facts.baselines.change:.3f} |

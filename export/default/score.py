@@ -19,6 +19,9 @@ VEHICLES = " ".join(f"--alias {name}=vehicle" for name in ("car", "truck", "mini
 EVALUATIONS = (
     ("UCM-Captions, validation part",
      "edge-rsvlm eval caption {data}/ucm_captions/val.jsonl --images {data}/ucm_captions/val.tar"),
+    ("RSICD, images not trained on",
+     "edge-rsvlm eval caption {data}/rsicd/train.jsonl --images {data}/rsicd/train.tar"
+     f" --only {HELD_OUT}/rsicd.txt"),
     ("RSIVQA's questions about UCM, validation part",
      "edge-rsvlm eval ask {labels}/questions.jsonl --images {data}/ucm_captions/val.tar"),
     ("UCM's 21 classes, validation part",

@@ -36,6 +36,7 @@ TRUCKS = ("truck", "long vehicle", "stair truck", "pushback truck")
 KINDS = (*PLANES, "helicopter", "boat", "car", "van", *TRUCKS)
 GENERAL = {"airplane": PLANES, "truck": TRUCKS}
 """Kinds that a set uses where others are finer: one of them may be any of these."""
+MOST_SCALE = 1.5
 NEAR = 0.75
 """Where a set labels some of its objects only, background is trusted within so many box sizes of a labelled one."""
 
@@ -75,7 +76,8 @@ CLASSES = ("airplane", "helicopter", "boat", "car", "truck", "van")
 @dataclass(frozen=True)
 class ObjectSet:
     """What a set's labels mean: category -> kind (None: an ignore region). ``kinds`` are those of which it labels
-    every object, so that what is unlabelled is background; where ``sparse``, only near labelled objects.
+    every object, so that what is unlabelled is background; where ``sparse``, only near labelled objects. Its images
+    are shown down to ``least_scale``: those of 0.1 m per pixel also as those of 0.4 m.
 
     Buses are never learnt: they show whether examples find what words were not taught.
     """
@@ -86,6 +88,7 @@ class ObjectSet:
     kinds: tuple[str, ...]
     sparse: bool = False
     weight: float = 1.0
+    least_scale: float = 0.5
 
 
 SIMD: dict[str, str | None] = {
@@ -97,10 +100,12 @@ DRONE: dict[str, str | None] = {"car": "car", "truck": "truck", "minibus": "van"
 AIRPLANE: dict[str, str | None] = {"airplane": "airplane"}
 SETS = (
     ObjectSet("hrplanes", "train.tar", AIRPLANE, PLANES, weight=0.25),
-    ObjectSet("airbus_aircraft", "train", AIRPLANE | {"truncated airplane": None}, PLANES, weight=0.25),
+    ObjectSet(
+        "airbus_aircraft", "train", AIRPLANE | {"truncated airplane": None}, PLANES, weight=0.25, least_scale=0.3
+    ),
     ObjectSet("aerial_airport", "train.tar", AIRPLANE, PLANES, weight=0.12),
-    ObjectSet("simd", "train.tar", SIMD, KINDS, sparse=True, weight=0.26),
-    ObjectSet("drone_vehicles", "train", DRONE, KINDS, weight=0.12),
+    ObjectSet("simd", "train.tar", SIMD, KINDS, sparse=True, weight=0.3, least_scale=0.25),
+    ObjectSet("drone_vehicles", "train", DRONE, KINDS, weight=0.12, least_scale=0.2),
 )
 
 
@@ -144,7 +149,7 @@ class ObjectData:
         """A tile of this image, turned, scaled and lit at random, and all of its labels in tile px: they may lie
         outside. ``near`` is the share of tiles around an object."""
         image, labels = self.store[name], self.labels[name]
-        scale = float(np.exp(rng.uniform(np.log(0.5), np.log(1.5))))
+        scale = float(np.exp(rng.uniform(np.log(self.spec.least_scale), np.log(MOST_SCALE))))
         box = random_box(rng, image.shape[:2], labels, size_px / scale, near)
         tile = cut(image, box, (size_px, size_px), RGB_BANDS, U8_RANGE, jitter(rng, 0.18, 0.05, 0.04))
         boxes = (labels.boxes - [box[0], box[1], box[0], box[1]]) * (size_px / (box[2] - box[0]))
@@ -153,18 +158,23 @@ class ObjectData:
         return np.ascontiguousarray(dihedral(tile, view)), turned
 
 
-def targets(
-    boxes_xyxy: npt.NDArray[np.float64], kinds: npt.NDArray[np.int64], size_px: int, spec: ObjectSet
-) -> Targets:
-    """Of boxes [n,4] in tile px, which may lie outside of it, with their kinds [n]."""
+def empty_targets(size_px: int) -> Targets:
+    """Nothing is there, and nothing is known."""
     n = size_px // STRIDE
-    made = Targets(
+    return Targets(
         np.zeros((len(KINDS), n, n), np.float32),
         np.zeros((len(KINDS), n, n), np.bool_),
         np.ones((4, n, n), np.float32),
         np.zeros((n, n), np.float32),
         np.zeros((0, 3), np.int64),
     )
+
+
+def targets(
+    boxes_xyxy: npt.NDArray[np.float64], kinds: npt.NDArray[np.int64], size_px: int, spec: ObjectSet
+) -> Targets:
+    """Of boxes [n,4] in tile px, which may lie outside of it, with their kinds [n]."""
+    n, made = size_px // STRIDE, empty_targets(size_px)
     if not spec.sparse:
         made.trust[[KINDS.index(kind) for kind in spec.kinds]] = True
     areas = np.prod(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2], axis=1)

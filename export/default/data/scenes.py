@@ -18,6 +18,7 @@ import numpy.typing as npt
 from edge_rsvlm.export.artifact import Artifact
 from edge_rsvlm.export.default.data.images import open_store
 from edge_rsvlm.export.default.data.views import NO_JITTER, RGB_BANDS, U8_RANGE, Radiometry, cut, dihedral
+from edge_rsvlm.export.default.splits import held_out
 
 F32 = npt.NDArray[np.float32]
 TILE_PX = 256
@@ -110,6 +111,12 @@ def training_ucm(scenes: SceneSet, backbone: Artifact) -> npt.NDArray[np.int64]:
     """Indices of the UCM images that may be trained on: neither validation nor the same place as one of those."""
     left_out = set(backbone.metrics["ucm_left_out"])
     return np.array([i for i, s in enumerate(scenes.scenes) if s.source == "ucm_train" and s.name not in left_out])
+
+
+def training_rsicd(scenes: SceneSet) -> npt.NDArray[np.int64]:
+    """Indices of the RSICD images that may be trained on."""
+    out = held_out("rsicd")
+    return np.array([i for i, s in enumerate(scenes.scenes) if s.name not in out])
 
 
 def multi_hot(scene: Scene) -> npt.NDArray[np.float32]:

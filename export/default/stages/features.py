@@ -21,7 +21,7 @@ from edge_rsvlm.export.default.data.captions import BOS, EOS, FeatureStore, cach
 from edge_rsvlm.export.default.data.objects import QUERIES
 from edge_rsvlm.export.default.data.phrases import every_phrase
 from edge_rsvlm.export.default.data.questions import asked
-from edge_rsvlm.export.default.data.scenes import UCM_LABELS, SceneSet, rsicd, training_ucm, ucm
+from edge_rsvlm.export.default.data.scenes import UCM_LABELS, SceneSet, rsicd, training_rsicd, training_ucm, ucm
 from edge_rsvlm.export.default.data.words import class_words, label_words, sentences
 from edge_rsvlm.export.default.model.encoder import Encoder, Head1280
 from edge_rsvlm.export.default.model.language import TOKEN_CHANNELS, visual_tokens
@@ -54,7 +54,7 @@ class Scenes:
 
 
 def of_scenes(data: Path, work: Path, backbone: artifact.Artifact, vision: artifact.Artifact) -> Scenes:
-    """UCM without its validation images, and RSICD."""
+    """UCM and RSICD, whose validation images have features too, but are not usable."""
     encoder = load_encoder(vision)
     parts = []
     for name, (scenes, usable) in _sets(data, work, backbone).items():
@@ -68,7 +68,7 @@ def _sets(data: Path, work: Path, backbone: artifact.Artifact) -> dict[str, tupl
     """Scenes by name, and which of them may be trained on."""
     cache = work / "cache"
     of_ucm, of_rsicd = ucm(data, cache), rsicd(data, cache)
-    return {"ucm": (of_ucm, training_ucm(of_ucm, backbone)), "rsicd": (of_rsicd, np.arange(len(of_rsicd)))}
+    return {"ucm": (of_ucm, training_ucm(of_ucm, backbone)), "rsicd": (of_rsicd, training_rsicd(of_rsicd))}
 
 
 def tokenizer(data: Path, work: Path, backbone: artifact.Artifact) -> Any:

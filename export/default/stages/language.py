@@ -223,17 +223,18 @@ def padded(tokenizer: Any, sequences: list[list[Pair]], count: int = SEQUENCES) 
     }
 
 
+@dataclass(frozen=True)
 class Teachers:
-    """What several ``trained`` decoders say together: the mean of their probabilities. ``share`` of a loss is to say
-    the same."""
+    """``trained`` decoders. ``share`` of a loss is to say what they say ``together``."""
 
-    def __init__(self, models: Sequence[Language], share: float) -> None:
-        self._models, self.share = models, share
+    models: Sequence[Language]
+    share: float
 
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> Tensor:
-        """[K,V], as ``next_logits`` has them."""
-        return torch.stack([next_logits(model, batch).softmax(dim=1) for model in self._models]).mean(dim=0)
+
+@torch.no_grad()
+def together(models: Sequence[Language], batch: Batch) -> Tensor:
+    """The mean of the probabilities that several decoders give [K,V], as ``next_logits`` has them."""
+    return torch.stack([next_logits(model, batch).softmax(dim=1) for model in models]).mean(dim=0)
 
 
 def next_logits(model: Language, batch: Batch) -> Tensor:
@@ -263,7 +264,9 @@ def loss(
     logits = next_logits(model, batch)
     each = F.cross_entropy(logits, batch["expected"].flatten(1)[known], label_smoothing=smoothing, reduction="none")
     if taught:
-        each = (1 - taught.share) * each + taught.share * F.cross_entropy(logits, taught(batch), reduction="none")
+        each = (1 - taught.share) * each + taught.share * F.cross_entropy(
+            logits, together(taught.models, batch), reduction="none"
+        )
     if not apart:
         return {"words": each.mean()}
     answers = batch["asked"][..., None].expand(-1, -1, batch["fed"].shape[2]).flatten(1)[known]
