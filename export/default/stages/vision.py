@@ -175,7 +175,7 @@ class BatchMaker:
         tiles, ucm_scene, rsicd_scene, labels, said = [], [], [], [], []
         for k in range(self.config["scenes"]):
             from_ucm = k % 2 == 0
-            part, usable = (kept[k % 2] for kept in (self.scenes, self.usable))
+            part, usable = self.scenes[k % 2], self.usable[k % 2]
             i = int(self.rng.choice(usable))
             zoom, shift = float(self.rng.uniform(1.0, 1.3)), self.rng.uniform(-1, 1, 2)
             light = jitter(self.rng, 0.15, 0.05, 0.03)
