@@ -32,7 +32,7 @@ class AbsentData:
         self.usable = np.array([i for i in self.usable if lacks(self.scenes.scenes[int(i)]).any()])
 
     def sample(self, rng: np.random.Generator) -> tuple[F32, Targets]:
-        """A tile [5,TILE_PX,TILE_PX], as of ``ObjectData``, and targets without an object."""
+        """A tile [5,TILE_PX,TILE_PX], as of ``ObjectData`` in crops of that size, and targets without an object."""
         i = int(self.usable[rng.integers(len(self.usable))])
         zoom, shift = float(rng.uniform(1.0, 1.3)), rng.uniform(-1, 1, 2)
         tile = self.scenes.tile(i, int(rng.integers(8)), jitter(rng, 0.18, 0.05, 0.04), zoom, *map(float, shift))

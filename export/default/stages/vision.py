@@ -61,7 +61,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
 }
 """The encoder starts slowly. At its full rate the gradients of heads that know nothing yet made its coarsest map the
-same for all images within 500 steps, and what ImageNet had taught it had to be learnt anew."""
+same for all images within 600 steps, and what ImageNet had taught it had to be learnt anew."""
 SCENE_LABELS = {"ucm_scene": 21, "ucm_labels": 17, "rsicd_scene": 30, "words": CAPTION_WORDS}
 WORDS_WEIGHT = 20.0  # a mean over 400 words of which a dozen are said
 COVERED = {"airplane": objects.PLANES, "cars": ("car", "van"), "ship": ("boat",)}
